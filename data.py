@@ -145,13 +145,207 @@ def draw_shapes(n, seed, size=32):
     return images, labels, names
 
 
-def decode(path, size, channels=3):
-    """A picture file as uint8 (size, size, channels): shorter side resized, centre cropped."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+def fit(picture, size, channels=3):
+    """A PIL picture as uint8 (size, size, channels): shorter side resized, centre cropped."""
+    from PIL import Image, ImageOps
 
+    picture = ImageOps.fit(picture.convert("L" if channels == 1 else "RGB"), (size, size), Image.LANCZOS)
+    return np.asarray(picture).reshape(size, size, channels)
+
+
+def read_pictures(folder, size):
+    """Decodes a folder of pictures: (images, labels or None, names); its sub-folders with pictures are the classes."""
+    from PIL import Image
+
+    def pictures_in(path):
+        return sorted(e.path for e in os.scandir(path) if e.name.lower().endswith(PICTURES))
+
+    names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and pictures_in(e.path))
+    paths = [(p, k) for k, name in enumerate(names) for p in pictures_in(f"{folder}/{name}")]
+    paths = paths or [(p, 0) for p in pictures_in(folder)]
+    if not paths:
+        raise DataError(f"no pictures ({' '.join(PICTURES)}) in {folder} or its sub-folders, and no images_*.npy")
+    images = np.empty((len(paths), size, size, 3), dtype=np.uint8)
+    for i, (path, _) in enumerate(paths):
+        try:
+            with Image.open(path) as picture:
+                images[i] = fit(picture, size)
+        except (OSError, SyntaxError) as e:
+            raise DataError(f"{path} is not a readable picture ({type(e).__name__})") from None
+    order = np.random.default_rng(0).permutation(len(paths))  # so that any slice has every class
+    return images[order], np.array([k for _, k in paths])[order] if names else None, names
+
+
+def download(dataset, data_dir, size):
+    """Makes one of torchvision's data sets into shards; yields (split, images, labels, names)."""
+    import torchvision
+
+    kind, _, by_hand = TORCHVISION[dataset]
+    for split in ("train", "test"):
+        which = {"split": split} if dataset == "flowers102" else {"train": split == "train"}
+        try:
+            source = getattr(torchvision.datasets, kind)(data_dir, download=True, **which)
+        except Exception as e:  # torchvision raises whatever its transport does
+            raise DataError(
+                f"{dataset} is not in {data_dir} and its download failed ({type(e).__name__}: {str(e)[:80]}). "
+                f"By hand: put {by_hand} in {data_dir}. Without any download: `python train.py config/shapes.py`"
+            ) from None
+        if hasattr(source, "data"):
+            images, labels = np.asarray(source.data), np.asarray(source.targets)
+            images = images if images.ndim == 4 else images[..., None]
+        else:
+            images = np.stack([fit(picture, size) for picture, _ in source])
+            labels = np.asarray(source._labels)
+        names = getattr(source, "classes", None) or [str(k) for k in range(int(labels.max()) + 1)]
+        yield split, images, labels, names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loading
+
+
+def load(dataset, split="train", data_dir="data", image_size=0, classes=""):
+    """Loads one split of a data set: (images (N, H, W, C) uint8, labels (N,) int64 or None, class names).
+
+    dataset: cifar10, fashion_mnist, flowers102, shapes, or a folder of pictures or of shards. image_size resizes pictures
+    that are decoded here (0: the data set's own size, 64 for pictures of any size). classes='cat,frog' keeps those, in
+    that order, as labels 0, 1. split 'test' gives None for images and labels where a data set has no such split.
+    Raises DataError when the data cannot be found, downloaded or read, or a class is unknown.
+    """
+    split_folder = None
+    if dataset in TORCHVISION or dataset == "shapes":
+        own = 32 if dataset == "shapes" else TORCHVISION[dataset][1]
+        size = image_size or own
+        if size != own and dataset != "flowers102":
+            raise DataError(f"image_size: {dataset} is {own}x{own}, not {size}: leave image_size out")
+        root = os.path.join(data_dir, dataset if size == own else f"{dataset}-{size}")
+        if not (has_shards(f"{root}/train") and has_shards(f"{root}/test")):
+            if dataset == "shapes":
+                made = [(name, *draw_shapes(n, seed)) for name, n, seed in (("test", 10000, 1), ("train", 50000, 0))]
+            else:
+                made = download(dataset, data_dir, size)
+            for name, *content in made:
+                keep(f"{root}/{name}", *content)
+        split_folder = f"{root}/{split}"
+    else:
+        if not os.path.isdir(dataset):
+            near = difflib.get_close_matches(dataset, [*TORCHVISION, "shapes"], n=1)
+            also = f"; did you mean {near[0]!r}?" if near else f": {', '.join(TORCHVISION)}, shapes or a folder"
+            raise DataError(f"dataset {dataset!r} is no data set and no folder{also}")
+        splits = os.path.isdir(f"{dataset}/train")
+        source = f"{dataset}/{split}" if splits else dataset
+        if not os.path.isdir(source) or (split == "test" and not splits):
+            return None, None, []
+        split_folder = source
+        if not has_shards(source):
+            size = image_size or 64
+            listing = sorted((str(p), os.stat(p).st_mtime_ns) for p in glob.glob(f"{source}/**", recursive=True))
+            key = hashlib.sha256(repr((os.path.abspath(source), size, listing)).encode()).hexdigest()[:12]
+            split_folder = f"{data_dir}/{os.path.basename(os.path.abspath(source))}-{size}-{key}"
+            if not has_shards(split_folder):
+                keep(split_folder, *read_pictures(source, size))
+    images, labels, names = read_shards(split_folder)
+    if images.shape[1] != images.shape[2] or image_size not in (0, images.shape[1]):
+        raise DataError(f"{split_folder}: pictures are {images.shape[1]}x{images.shape[2]}, wanted {image_size} square")
+    return select(images, labels, names, classes)
+
+
+def keep(folder, images, labels, names):
+    """Writes shards beside their place and moves them there when they are whole; what others wrote meanwhile stays."""
+    partial = f"{folder}.{os.getpid()}"
+    write_shards(partial, images, labels, names, shard_size=max(1, len(images)))
     try:
-        with Image.open(path) if isinstance(path, str) else contextless(path) as picture:
-            picture = ImageOps.fit(picture.convert("L" if channels == 1 else "RGB"), (size, size), Image.LANCZOS)
-            return np.asarray(picture).reshape(size, size, channels)
-    except (UnidentifiedImageError, OSError) as e:
-        raise DataError(f"{path} is not a readable picture ({type(e).__name__})") from None
+        os.replace(partial, folder)
+    except OSError:
+        shutil.rmtree(partial)
+
+
+def class_ids(classes, names):
+    """'cat,frog' or '3,6' (or a mix) as a list of labels; raises DataError for an unknown one."""
+    ids = []
+    for name in filter(None, (part.strip() for part in classes.split(","))):
+        if name in names:
+            ids.append(list(names).index(name))
+        elif name.isdigit() and int(name) < len(names):
+            ids.append(int(name))
+        else:
+            near = difflib.get_close_matches(name, names, n=1)
+            also = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names) or 'no classes'}"
+            raise DataError(f"classes: unknown class {name!r}; {also}")
+    return ids
+
+
+def select(images, labels, names, classes):
+    """Keeps the named classes ('' is all of them) and numbers them 0, 1, … in the given order."""
+    if not classes:
+        return images, labels, names
+    ids = class_ids(classes, names)
+    if len(set(ids)) < len(ids):
+        raise DataError(f"classes={classes} names a class twice")
+    renumbered = np.full(len(names), -1)
+    renumbered[ids] = np.arange(len(ids))
+    kept = np.flatnonzero(renumbered[labels] >= 0)
+    return images[kept], renumbered[labels[kept]], [names[k] for k in ids]
+
+
+class Batches:
+    """Training batches from uint8 pictures that stay on the device. Batch `step` is a pure function of (seed, step).
+
+    images (N, H, W, C) uint8; labels (N,) or None; batch_size counts the pictures of one step over all ranks. Each epoch is
+    a new order of all N. hflip mirrors half of them; crop < 1 takes a random square of at least that share of the side
+    and resizes it (random resized crop).
+    """
+
+    def __init__(self, images, labels, batch_size, seed, hflip=True, crop=1.0, device="cpu"):
+        self.images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+        self.labels = None if labels is None else torch.from_numpy(labels).to(device)
+        self.batch_size, self.seed, self.hflip, self.crop, self.device = batch_size, seed, hflip, crop, device
+        self.epoch, self.order = None, None
+
+    def indices(self, step):
+        """The pictures of a step, (batch_size,), on the CPU."""
+        n, places = len(self.images), np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        chosen = []
+        for epoch in range(places[0] // n, places[-1] // n + 1):
+            if epoch != self.epoch:
+                self.epoch, self.order = epoch, torch.randperm(n, generator=make_generator(self.seed, epoch))
+            chosen.append(self.order[places[places // n == epoch] % n])
+        return torch.cat(chosen)
+
+    def __call__(self, step, rows=slice(None)):
+        """The given rows of batch `step`: x0 (b, C, H, W) float32 in [-1, 1] and y (b,) int64 or None."""
+        index = self.indices(step)[rows].to(self.device, non_blocking=True)
+        x0 = to_float(self.images[index])
+        coins = torch.rand((4, self.batch_size), generator=make_generator(self.seed, 2**31 + step))[:, rows]
+        flip, scale, dx, dy = coins.to(self.device, non_blocking=True)
+        sign = torch.where(flip < 0.5, -1.0, 1.0) if self.hflip else torch.ones_like(flip)
+        if self.crop < 1:
+            scale = self.crop + (1 - self.crop) * scale
+            shift = lambda u: (2 * u - 1) * (1 - scale)  # noqa: E731
+            zeros = torch.zeros_like(scale)
+            theta = torch.stack([scale * sign, zeros, shift(dx), zeros, scale, shift(dy)], dim=1).reshape(-1, 2, 3)
+            grid = F.affine_grid(theta, x0.shape, align_corners=False)
+            x0 = F.grid_sample(x0, grid, padding_mode="border", align_corners=False)
+        else:
+            x0 = torch.where(sign[:, None, None, None] < 0, x0.flip(-1), x0)
+        return x0, None if self.labels is None else self.labels[index]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures to look at
+
+
+def tile(images, columns, titles=(), zoom=2, pad=2):
+    """One PIL picture of (N, H, W, C) uint8 pictures, row by row, with a title before each row."""
+    from PIL import Image, ImageDraw
+
+    rows, (_, H, W, C) = -(-len(images) // columns), images.shape
+    margin = max((7 * len(t) for t in titles), default=0) + (8 if titles else 0)
+    H, W = H * zoom, W * zoom
+    sheet = Image.new("RGB", (margin + columns * (W + pad) + pad, rows * (H + pad) + pad), "white")
+    for i, image in enumerate(np.asarray(images)):
+        picture = Image.fromarray(image[..., 0] if C == 1 else image).convert("RGB").resize((W, H), Image.NEAREST)
+        sheet.paste(picture, (margin + pad + i % columns * (W + pad), pad + i // columns * (H + pad)))
+    for row, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((6, pad + row * (H + pad) + H // 2 - 6), title, fill="black")
+    return sheet
