@@ -10,6 +10,7 @@ import ast
 import difflib
 import os
 import sys
+import time
 import types
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -147,3 +148,11 @@ def configure(namespace, **optional):
                 set_key(key, value, f"{arg}:{line_of.get(key, '?')}", convert)
     namespace.update(given)
     return defaults | given, given
+
+
+def progress(what, share, start):
+    """One line that is written over: how much is done (0..1) and the time left; silent where nobody watches."""
+    if sys.stderr.isatty():
+        left = (time.time() - start) * (1 - share) / max(share, 1e-9)
+        end = "\n" if share >= 1 else ""
+        print(f"\r{what}: {share:4.0%}, {left:5.0f} s left ", end=end, file=sys.stderr, flush=True)

@@ -72,8 +72,14 @@ def read_shards(folder):
             pictures = np.load(path, mmap_mode="r")
         except (ValueError, OSError, EOFError) as e:
             raise DataError(f"{path} is damaged or no .npy file ({e})") from None
-        if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[1:] != (images or [pictures])[0].shape[1:]:
-            raise DataError(f"{path}: {pictures.dtype} {pictures.shape}, wanted uint8 (N, H, W, C), alike in all shards")
+        if (
+            pictures.dtype != np.uint8
+            or pictures.ndim != 4
+            or pictures.shape[1:] != (images or [pictures])[0].shape[1:]
+        ):
+            raise DataError(
+                f"{path}: {pictures.dtype} {pictures.shape}, wanted uint8 (N, H, W, C), alike in all shards"
+            )
         images.append(pictures)
         beside = path.replace("images_", "labels_")
         if os.path.exists(beside):

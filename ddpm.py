@@ -19,7 +19,7 @@ import math
 import os
 import shutil
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -283,9 +283,7 @@ class UNet(nn.Module):
                 self.up.append(block(width + widths.pop(), c.ch * mult))
                 width = c.ch * mult
             if level:
-                self.up.append(
-                    nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1))
-                )
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)))
                 res *= 2
         self.norm, self.out = group_norm(width), zero(nn.Conv2d(width, c.channels * c.patch**2, 3, padding=1))
 
@@ -527,6 +525,8 @@ class DDPM(nn.Module):
         if y is not None and not (self.K and bool(((y >= 0) & (y < self.K)).all())):
             raise DDPMError(f"labels {y.tolist()}: this model has classes 0..{self.K - 1}" if self.K else
                             "labels were given, but this model is unconditional")  # fmt: skip
+        if eta and sampler != "ddim":
+            raise DDPMError(f"eta={eta:g} belongs to ddim, but the sampler is {sampler}")
         if w != 0 and y is not None and self.config.p_uncond == 0:
             raise DDPMError(f"w={w:g} needs a model with a null label, but this one was trained at p_uncond=0: use w=0")
         device = self.betas.device
@@ -646,14 +646,26 @@ def model_from_checkpoint(checkpoint, ema=True, device="cpu"):
     """Builds the DDPM of a loaded checkpoint, in eval mode, with its averaged (default) or raw weights."""
     known = {f.name for f in fields(DDPMConfig)}
     model = DDPM(DDPMConfig(**{k: v for k, v in checkpoint["model_args"].items() if k in known}))
+    if not ema and "model" not in checkpoint:
+        raise DDPMError("this checkpoint holds averaged weights alone: use --ema=True")
     weights = checkpoint["ema"]["shadow"] if ema else checkpoint["model"]
     model.load_state_dict(weights)
     return model.to(device).eval()
 
 
-def model_args(config):
-    """A DDPMConfig as a dict of plain types, for a checkpoint."""
-    return asdict(config)
+def find_checkpoint(out_dir, pretrained):
+    """The path of out_dir's checkpoint, or, where it has none, of the .pt file in the folder of pretrained weights."""
+    path = os.path.join(out_dir, "ckpt.pt")
+    if os.path.exists(path) or not os.path.isdir(pretrained) or os.path.basename(out_dir) != "out":
+        return path
+    return next((os.path.join(pretrained, n) for n in sorted(os.listdir(pretrained)) if n.endswith(".pt")), path)
+
+
+def export_weights(path, checkpoint):
+    """Writes what sampling needs of a checkpoint, the averaged weights as float16: a few MB to hand on."""
+    shadow = {name: p.half() for name, p in checkpoint["ema"]["shadow"].items()}
+    kept = {key: checkpoint[key] for key in ("model_args", "step", "config")}
+    save_checkpoint(path, kept | {"ema": {"updates": checkpoint["ema"]["updates"], "shadow": shadow}})
 
 
 def choose_device(device="auto", dtype="auto", use_compile="auto"):

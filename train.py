@@ -1,9 +1,9 @@
 """Trains a DDPM with classifier-free guidance.
 
-    python train.py config/cifar_linear.py                                 one process: GPU, or CPU where there is none
-    torchrun --nproc_per_node=gpu train.py config/cifar_linear.py          all GPUs of this machine
-    python train.py config/cifar_linear.py --init_from=resume              go on after a stop (Ctrl-C saves first)
-    python train.py config/shapes.py                                       a laptop: minutes, no download
+python train.py config/cifar_linear.py                                 one process: GPU, or CPU where there is none
+torchrun --nproc_per_node=gpu train.py config/cifar_linear.py          all GPUs of this machine
+python train.py config/cifar_linear.py --init_from=resume              go on after a stop (Ctrl-C saves first)
+python train.py config/shapes.py                                       a laptop: minutes, no download
 """
 
 import json
@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
@@ -19,8 +20,8 @@ import torch.distributed as dist
 from configurator import ConfigError, configure
 from data import Batches, DataError, load, tile
 from ddpm import (
-    EMA, DDPM, DDPMConfig, choose_device, evaluating, load_checkpoint, make_generator, model_args, save_checkpoint,
-    to_float, to_uint8,
+    EMA, DDPM, DDPMConfig, choose_device, evaluating, load_checkpoint, make_generator, save_checkpoint, to_float,
+    to_uint8,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,7 +145,11 @@ groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, 
 optimizer = torch.optim.AdamW(groups, lr=lr, fused=not device.startswith("mps"))
 scaler = torch.amp.GradScaler(device.split(":")[0], enabled=amp_dtype == torch.float16)
 ema = EMA(model, ema_decay)
-step, history = 0, {"step": [], "epochs": [], "train_loss": [], "val_loss": [], "train_quarters": [], "val_quarters": []}
+train_sums = torch.zeros(4, 2, device=device)  # loss by quarter of t since the last evaluation
+step, history = (
+    0,
+    {"step": [], "epochs": [], "train_loss": [], "val_loss": [], "train_quarters": [], "val_quarters": []},
+)
 history |= {"log_step": [], "log_loss": [], "lr": [], "grad_norm": [], "test_loss": None}
 if checkpoint:
     step, history = checkpoint["step"], checkpoint["history"]
@@ -152,6 +157,7 @@ if checkpoint:
     ema.load_state_dict(checkpoint["ema"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     scaler.load_state_dict(checkpoint["scaler"])
+    train_sums = checkpoint["sums"].to(device)
     del checkpoint
 if use_compile:
     model.net.compile()  # in place: names in the checkpoint stay those of the plain module
@@ -185,14 +191,14 @@ def add_by_quarter(sums, losses, t):
 
 
 @torch.no_grad()
-def evaluate(images, labels):
-    """Loss of the averaged weights, whole and by quarter of t, with t and noise fixed: (loss, four losses)."""
+def evaluate(images, labels, first=0):
+    """Loss of the averaged weights with t and noise fixed, whole and by quarter of t; labels[first] is images[0]'s."""
     sums, size = torch.zeros(4, 2, device=device), min(batch_size, 250)
     generator = make_generator(seed, 2**32 - 1)
     with ema.applied(), evaluating(model):
         for start in range(0, len(images), size):
-            x0 = to_float(torch.from_numpy(images[start : start + size])).to(device)
-            y = None if labels is None else torch.from_numpy(labels[start : start + size]).to(device)
+            x0 = to_float(torch.tensor(images[start : start + size])).to(device)
+            y = None if labels is None else torch.from_numpy(labels[first + start :][: len(x0)]).to(device)
             t, eps = (v.to(device) for v in model.draw(len(x0), generator))
             add_by_quarter(sums, model(x0, y, t, eps), t)
     return (sums[:, 0].sum() / sums[:, 1].sum()).item(), quarters(sums)
@@ -200,7 +206,9 @@ def evaluate(images, labels):
 
 def save(step):
     content = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step)
-    content |= dict(scaler=scaler.state_dict(), model_args=model_args(model.config), config=config, history=history)
+    content |= dict(
+        sums=train_sums, scaler=scaler.state_dict(), model_args=asdict(model.config), config=config, history=history
+    )
     save_checkpoint(f"{out_dir}/ckpt.pt", content)
     with open(f"{out_dir}/log.json.tmp", "w", encoding="utf-8") as f:
         json.dump(history, f)
@@ -233,15 +241,16 @@ if rank == 0:
     os.makedirs(out_dir, exist_ok=True)
 rows = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
 micro = batch_size // world // grad_accum
-train_sums = torch.zeros(4, 2, device=device)  # loss by quarter of t since the last evaluation
-log_sums = torch.zeros(4, 2, device=device)  # and since the last log line
-first_step, log_time, log_step, last_saved = step, time.time(), step, "none"
+log_sums = torch.zeros(4, 2, device=device)  # loss by quarter of t since the last log line
+first_step, log_time, log_step, last_saved, stopped = step, time.time(), step, "none", False
 model.train()
-while step < max_iters and not stopping:
+while step < max_iters and not stopped:
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step)
     x0, y = batches(step, rows)
-    generator = make_generator(seed, 2**30 + step, device)  # all ranks draw the whole batch: one or many, it is the same
+    generator = make_generator(
+        seed, 2**30 + step, device
+    )  # all ranks draw the whole batch: one or many, it is the same
     t, eps = (v[rows] for v in model.draw(batch_size, generator, device))
     if y is not None:
         dropped = model.drop_labels(torch.zeros(batch_size, dtype=y.dtype, device=device), generator)[rows]
@@ -262,14 +271,14 @@ while step < max_iters and not stopping:
     ema.update()
     step += 1
 
-    last = step == max_iters or bool(stopping)
-    evaluating_now = step % eval_interval == 0 or last
-    if step % log_interval == 0 or evaluating_now or step == first_step + 1:
+    # Several processes agree on a stop at a log line, so that all of them leave at the same step.
+    due = step % log_interval == 0 or step % eval_interval == 0 or step in (first_step + 1, max_iters)
+    stopped = bool(stopping) if world == 1 else stopped
+    if due or stopped:
         if world > 1:
-            flag = torch.tensor([float(bool(stopping))], device=device)
-            dist.all_reduce(flag)
-            stopping = ["another rank"] if flag.item() and not stopping else stopping
             dist.all_reduce(log_sums)
+            dist.all_reduce(flag := torch.tensor(float(bool(stopping)), device=device))
+            stopped = flag.item() > 0
         now, total = time.time(), log_sums[:, 0].sum().item() / log_sums[:, 1].sum().item()
         if not math.isfinite(total):
             raise ConfigError(
@@ -281,23 +290,24 @@ while step < max_iters and not stopping:
             f"step {step:7d}  loss {total:.4f}  lr {lr_at(step - 1):.2e}  grad norm {norm.item():7.3f}  {ms:8.1f} ms  "
             f"{batch_size / ms * 1e3:8.1f} images/s  {(max_iters - step) * ms / 6e4:7.1f} min left"
         )
-        for key, value in (("log_step", step), ("log_loss", total), ("lr", lr_at(step - 1)), ("grad_norm", norm.item())):
+        for key, value in (
+            ("log_step", step),
+            ("log_loss", total),
+            ("lr", lr_at(step - 1)),
+            ("grad_norm", norm.item()),
+        ):
             history[key].append(value)
         train_sums += log_sums
         log_sums.zero_()
         log_time, log_step = now, step
-    # In a run of several processes a stop is agreed on at a log line, so that all of them leave at the same step.
-    if world > 1 and stopping and not (step % log_interval == 0 or evaluating_now):
-        stopping, pending = [], stopping
-    if evaluating_now or (stopping and step % log_interval == 0):
+    if step % eval_interval == 0 or step == max_iters:
         if rank == 0:
             history["step"].append(step)
             history["epochs"].append(step * batch_size / n_train)
             history["train_loss"].append((train_sums[:, 0].sum() / train_sums[:, 1].sum()).item())
             history["train_quarters"].append(quarters(train_sums))
-            if n_val and not stopping:
-                part = None if labels is None else labels[n_train:][:eval_pictures]
-                val_loss, val_quarters = evaluate(images[n_train:][:eval_pictures], part)
+            if n_val:
+                val_loss, val_quarters = evaluate(images[n_train:][:eval_pictures], labels, n_train)
                 history["val_loss"].append(val_loss)
                 history["val_quarters"].append(val_quarters)
                 by_quarter = " ".join(f"{q:.4f}" for q in val_quarters)
@@ -305,14 +315,15 @@ while step < max_iters and not stopping:
             if step == max_iters and test_images is not None:
                 history["test_loss"], _ = evaluate(test_images, test_labels)
                 say(f"step {step:7d}  test loss {history['test_loss']:.4f} on {len(test_images)} pictures")
-            save(step)
-            last_saved = f"step {step}"
         train_sums.zero_()
         log_time = time.time()
-    if rank == 0 and sample_interval and (step % sample_interval == 0 or step == max_iters) and not stopping:
+    if rank == 0 and (step % eval_interval == 0 or step == max_iters or stopped):
+        save(step)
+        last_saved = f"step {step}"
+    if rank == 0 and sample_interval and (step % sample_interval == 0 or step == max_iters) and not stopped:
         draw_grid(step)
         log_time = time.time()
-if stopping:
+if stopped:
     say(f"stopped by signal at step {step}; go on with --init_from=resume")
 else:
     say(f"done: `python sample.py --out_dir={out_dir}` draws from {out_dir}/ckpt.pt")

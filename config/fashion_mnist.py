@@ -1,0 +1,11 @@
+# Fashion-MNIST, 28x28 and one channel: two halvings, attention at 7x7.
+#   python train.py config/fashion_mnist.py
+#   python train.py config/fashion_mnist.py --conditional=False --out_dir=out-fashion-unconditional
+# Time and final loss: not measured yet.
+out_dir = "out-fashion"
+dataset = "fashion_mnist"
+schedule, objective = "cosine", "v"
+ch, ch_mult, num_res_blocks, attn_resolutions, dropout = 32, (1, 2, 2), 1, (7,), 0.0
+batch_size, max_iters = 64, 6000
+lr, min_lr, warmup_iters, ema_decay = 1e-3, 2e-5, 200, 0.999
+eval_interval, eval_pictures, sample_interval = 1000, 1000, 2000

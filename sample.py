@@ -1,0 +1,142 @@
+"""Draws pictures from a checkpoint. Without one in out_dir, from the small pretrained weights in weights/.
+
+python sample.py --seed=17 --w=1.8                       a row for each class
+python sample.py --classes=cat,cat,frog --num_samples=6  rows of the classes you name
+python sample.py --sweep=w=-1,0,2,6                      a row for each value, the same noise in every row
+python sample.py --sampler=ddpm --gif=True               the full ancestral chain, and a GIF of the denoising
+"""
+
+import os
+import time
+
+import torch
+
+from configurator import HERE, ConfigError, configure, parse, progress
+from data import class_ids, tile
+from ddpm import PictureNoise, choose_device, find_checkpoint, load_checkpoint, model_from_checkpoint, to_uint8
+
+# ---------------------------------------------------------------------------------------------------------------------
+out_dir = "out"  # the checkpoint is here, and the pictures go here
+seed = 17  # picture k of a seed is the same at any batch size and on any machine (up to rounding)
+w = None  # guidance of Ho & Salimans: -1 unconditional, 0 conditional; default 1.8, or 0 where the model has no null label
+guidance_scale = None  # other papers' number for the same thing, 1 + w; give one of the two
+classes = ""  # names or numbers, a row for each, repeats allowed; default all
+num_samples = 0  # pictures per row and class; default 8, in a sweep 1
+sampler = "dpm++"  # ddpm, ddim
+steps = 0  # default 25 for dpm++, 50 for ddim, all of the model's for ddpm
+eta = 0.0  # ddim's noise: 1 makes it ddpm
+variance = "posterior"  # of ddpm: posterior or beta
+clip_x0 = True  # keep the predicted picture in [-1, 1] at every step
+ema = True  # the averaged weights; False: the raw ones
+batch_size = 80
+gif = False  # write denoising.gif
+sweep = ""  # key=value,value,…: a row per value
+device = "auto"  # cuda, mps, cpu
+dtype = "auto"  # float32, bfloat16, float16
+use_compile = False  # pays on a GPU for many pictures
+# ---------------------------------------------------------------------------------------------------------------------
+config, given = configure(globals(), w=float, guidance_scale=float)
+SWEEPABLE = ("w", "guidance_scale", "sampler", "steps", "eta", "variance", "clip_x0", "ema", "seed")
+
+if w is not None and guidance_scale is not None:
+    raise ConfigError("give w or guidance_scale (= 1 + w), not both")
+if num_samples < 0 or batch_size < 1:
+    raise ConfigError(f"num_samples={num_samples} and batch_size={batch_size} must be positive")
+device, amp_dtype, use_compile = choose_device(device, dtype, use_compile)
+path = find_checkpoint(out_dir, os.path.join(HERE, "weights"))
+checkpoint = load_checkpoint(path, device)
+if not path.startswith(out_dir):
+    print(f"{out_dir} holds no checkpoint: using the pretrained weights/{os.path.basename(path)}")
+
+sweep_key, _, sweep_text = sweep.partition("=")
+if sweep and (sweep_key not in SWEEPABLE or not sweep_text):
+    raise ConfigError(f"sweep: {sweep!r} must be KEY=VALUE,VALUE with KEY one of {', '.join(SWEEPABLE)}")
+models = {}
+
+
+def model_with(ema):
+    """The network with averaged or raw weights, made once."""
+    if ema not in models:
+        models[ema] = model_from_checkpoint(checkpoint, ema, device)
+        models[ema].amp_dtype = amp_dtype
+        if use_compile:
+            models[ema].net.compile()
+    return models[ema]
+
+
+def resolve(settings):
+    """Settings with w and steps made definite, for the model at hand."""
+    model, w, scale = model_with(settings["ema"]), settings["w"], settings["guidance_scale"]
+    if scale is not None:
+        w = scale - 1
+    elif w is None:
+        w = 1.8 if model.K and model.config.p_uncond > 0 else 0.0
+    if w and not model.K:
+        raise ConfigError(f"w={w:g}: this model is unconditional, there is nothing to guide")
+    default_steps = {"dpm++": min(25, model.T), "ddim": min(50, model.T), "ddpm": model.T}.get(settings["sampler"])
+    return settings | {"w": w, "steps": settings["steps"] or default_steps}
+
+
+def draw(labels, settings, what, frames=None):
+    """Pictures (n, C, H, W) on the CPU for a list of labels (None: unlabelled), picture k with noise k of the seed."""
+    s, done, start = resolve(settings), [], time.time()
+    model = model_with(s["ema"])
+    keys = ("w", "seed", "sampler", "steps", "eta", "clip_x0", "variance")
+    for first in range(0, len(labels), batch_size):
+        indices = range(first, min(first + batch_size, len(labels)))
+        y = torch.tensor([labels[k] for k in indices]) if model.K else None
+
+        def on_step(i, xt, x0_hat):
+            if frames is not None:
+                frames.setdefault(i, []).append(to_uint8(xt).cpu())
+            progress(what, (first + len(indices) * (i + 1) / s["steps"]) / len(labels), start)
+
+        done.append(model.sample(y, indices=indices, on_step=on_step, **{k: s[k] for k in keys}).cpu())
+    return torch.cat(done)
+
+
+def save(picture, name):
+    picture.save(os.path.join(out_dir, name))
+    print(f"wrote {os.path.join(out_dir, name)}")
+
+
+model = model_with(ema)
+settings = {key: config[key] for key in SWEEPABLE}
+rows = class_ids(classes, model.config.class_names) if classes else list(range(model.K)) or [None]
+names = list(model.config.class_names) if model.K else []
+os.makedirs(out_dir, exist_ok=True)
+chosen = resolve(settings)
+print(
+    f"{path}, step {checkpoint['step']}, {'averaged' if ema else 'raw'} weights; {device}, "
+    f"{str(amp_dtype or torch.float32)[6:]}; w={chosen['w']:g} (guidance_scale={1 + chosen['w']:g}), "
+    f"{chosen['sampler']}, {chosen['steps']} steps, seed {seed}"
+)
+if sweep:
+    per_class = num_samples or (1 if model.K else 8)
+    labels = [k for k in rows for _ in range(per_class)]
+    pictures, titles = [], []
+    for text in sweep_text.split(","):
+        try:
+            kind = float if sweep_key in ("w", "guidance_scale") else type(config[sweep_key])
+            value = parse(text, kind)
+        except TypeError:
+            raise ConfigError(f"sweep: {text!r} is not of type {kind.__name__}, which {sweep_key} is") from None
+        clash = {"w": None, "guidance_scale": None} if sweep_key in ("w", "guidance_scale") else {}
+        pictures.append(draw(labels, settings | clash | {sweep_key: value}, f"{sweep_key}={text}"))
+        titles.append(f"{sweep_key}={text}")
+    save(tile(to_uint8(torch.cat(pictures)).numpy(), len(labels), titles), f"sweep_{sweep_key}.png")
+else:
+    columns = num_samples or 8
+    labels, titles, frames = [k for k in rows for _ in range(columns)], [names[k] for k in rows if names], {}
+    pictures = draw(labels, settings, "sampling", frames if gif else None)
+    save(tile(to_uint8(pictures).numpy(), columns, titles), "sample.png")
+    noise = PictureNoise(seed, range(len(labels)), model.shape)()
+    save(tile(to_uint8(noise / 3).numpy(), columns, titles), "noise.png")
+    if gif:
+        shown = sorted(frames)[:: max(1, len(frames) // 50)] + [max(frames)]
+        sheets = [tile(torch.cat(frames[i]).numpy(), columns, titles) for i in shown]
+        sheets[0].save(
+            os.path.join(out_dir, "denoising.gif"), save_all=True, append_images=sheets[1:], loop=0,
+            duration=[80] * (len(sheets) - 1) + [2000],
+        )  # fmt: skip
+        print(f"wrote {os.path.join(out_dir, 'denoising.gif')}")
