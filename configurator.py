@@ -2,8 +2,9 @@
 
     python train.py config/shapes.py --batch_size=32 --ch_mult=1,2,2
 
-A script opens with a block of plain `key = default  # comment` lines and then calls `configure(globals())`. Config files
-come first, in order, then the flags. A config file is Python and is executed: run only those that you would run as a script.
+A script opens with a block of plain `key = default  # comment` lines and then calls `configure(globals())`.
+Config files come first, in order, then the flags. A config file is Python and is executed: run only those that you
+would run as a script.
 """
 
 import ast
@@ -101,8 +102,8 @@ def print_help(doc, defaults, optional):
 def configure(namespace, **optional):
     """Overrides the settings in a script's globals from sys.argv; returns (all settings, those given) as two dicts.
 
-    A setting is a public global that is a bool, int, float, str or tuple at the time of the call, or one whose default is
-    None and whose type is named in `optional` (e.g. w=float); for the latter `none` is a value too.
+    A setting is a public global that is a bool, int, float, str or tuple at the time of the call, or one whose default
+    is None and whose type is named in `optional` (e.g. w=float); for the latter `none` is a value too.
     Raises ConfigError for an unknown key (with where it stood and the nearest match), a wrong type or a missing file.
     """
     sys.excepthook = report

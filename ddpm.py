@@ -5,13 +5,14 @@
     loss = model(x0, y).mean()                        # x0 (B, C, H, W) float in [-1, 1], y (B,) in 0..K-1
     x0 = model.sample(torch.tensor([3, 3, 5]), w=1.8)   # three pictures: two of class 3, one of class 5
 
-Notation, everywhere: x0 is a clean picture, xt the noisy one, eps ~ N(0, I) its noise, t = 0..T-1 (one per picture), y a label
-0..K-1 or the null label K, and xt = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps. A hat marks what the network believes.
+Notation, everywhere: x0 is a clean picture, xt the noisy one, eps ~ N(0, I) its noise, t = 0..T-1 (one per picture), y a
+label 0..K-1 or the null label K, and xt = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps. A hat marks what the network
+believes.
 
 [1] Ho, Jain, Abbeel 2020, Denoising diffusion probabilistic models      [2] Nichol, Dhariwal 2021, Improved DDPM
 [3] Ho, Salimans 2022, Classifier-free diffusion guidance                [4] Song, Meng, Ermon 2021, DDIM
 [5] Salimans, Ho 2022, Progressive distillation (v)                      [6] Lu et al. 2022, DPM-Solver++
-[7] Hang et al. 2023, Min-SNR weighting                                  [8] Kingma et al. 2021, Variational diffusion models
+[7] Hang et al. 2023, Min-SNR weighting
 """
 
 import contextlib
@@ -98,8 +99,8 @@ class DDPMConfig:
 def make_betas(schedule, T, beta_start=1e-4, beta_end=0.02):
     """Returns beta_t, t = 0..T-1, of one of the four schedules, (T,) float64 on the CPU.
 
-    linear is [1]'s; quadratic is linear in sqrt(beta); sigmoid follows a logistic curve over -6..6; cosine is [2] eq. 17
-    with s=0.008 and betas clipped at 0.999 (it does not use beta_start and beta_end).
+    linear is [1]'s; quadratic is linear in sqrt(beta); sigmoid follows a logistic curve over -6..6; cosine is [2] eq.
+    17 with s=0.008 and betas clipped at 0.999 (it does not use beta_start and beta_end).
     Raises DDPMError unless every 0 < beta < 1. Warns when sqrt(alpha_bar_T) > 0.1: sampling starts from N(0, I), which
     the noised data then are not.
     """
@@ -117,8 +118,8 @@ def make_betas(schedule, T, beta_start=1e-4, beta_end=0.02):
         betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     if not bool(((betas > 0) & (betas < 1)).all()):
         raise DDPMError(
-            f"schedule {schedule}: betas run from {betas.min():.3g} to {betas.max():.3g} and must stay between 0 and 1; "
-            f"mend beta_start={beta_start:g} and beta_end={beta_end:g}"
+            f"schedule {schedule}: betas run from {betas.min():.3g} to {betas.max():.3g} and must stay between 0 and "
+            f"1; mend beta_start={beta_start:g} and beta_end={beta_end:g}"
         )
     return betas
 
@@ -136,8 +137,8 @@ def warn_if_signal_remains(schedule, T, beta_start, beta_end):
     hints = [f"timesteps={longer}"] * (longer is not None) + [f"beta_end={steeper or 0:.3g}"] * (steeper is not None)
     mend = f"; {' or '.join(hints)} mends it" if hints else ""
     warnings.warn(
-        f"schedule {schedule} with timesteps={T} leaves sqrt(alpha_bar_T) = {left:.2f} of the picture at the last step, "
-        f"but sampling starts from pure noise{mend}",
+        f"schedule {schedule} with timesteps={T} leaves sqrt(alpha_bar_T) = {left:.2f} of the picture at the last "
+        f"step, but sampling starts from pure noise{mend}",
         stacklevel=3,
     )
 
@@ -196,7 +197,7 @@ def sinusoid(t, dim):
 
 
 class Condition(nn.Module):
-    """One vector (B, 4 ch) for the time t (B,) and, in a conditional model, the label y (B,); y = K is the null label."""
+    """One vector (B, 4 ch) for the time t (B,) and, in a conditional model, the label y (B,), null at y = K."""
 
     def __init__(self, c):
         super().__init__()
@@ -256,7 +257,7 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """The U-Net of [1] with [2]'s conditioning: (B, C, H, W), t (B,), y (B,) -> (B, C, H, W). A fresh one puts out 0."""
+    """The U-Net of [1] with [2]'s conditioning: x (B, C, H, W), t (B,), y (B,) -> (B, C, H, W); 0 when it is fresh."""
 
     def __init__(self, c):
         super().__init__()
@@ -371,7 +372,7 @@ def evaluating(module):
 
 
 class DDPM(nn.Module):
-    """A denoising diffusion model: network, schedule, loss, guidance and samplers. Raises DDPMError for a bad config."""
+    """A denoising diffusion model: network, schedule, loss, guidance, samplers. Raises DDPMError for a bad config."""
 
     def __init__(self, config):
         super().__init__()
@@ -406,7 +407,7 @@ class DDPM(nn.Module):
         return mean + var.sqrt() * eps
 
     def posterior(self, x0, xt, t):
-        """Mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | xt, x0) ([1] eq. 6-7); the variance is 0 at t=0."""
+        """Mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | xt, x0) ([1] eq. 6-7); var is 0 at t=0."""
         mean = self.at(self.posterior_c0, t) * x0 + self.at(self.posterior_ct, t) * xt
         return mean, self.at(self.posterior_var, t)
 
@@ -465,7 +466,7 @@ class DDPM(nn.Module):
     def guided(self, xt, t, y, w):
         """(1 + w) net(y) - w net(null) ([3] eq. 6; x0 and v are affine in eps, so the same line serves them).
 
-        w = 0 is the conditional model and w = -1 the unconditional one, each in one call; any other w is one call of 2B.
+        w = 0 is the conditional model and w = -1 the unconditional one, each in one call; any other w is one of 2B.
         """
         if y is None or w == -1:
             return self.network(xt, t, None)
@@ -476,7 +477,7 @@ class DDPM(nn.Module):
         return (1 + w) * conditional - w * unconditional
 
     def predict(self, xt, t, y, w, clip_x0=True):
-        """(x0_hat, eps_hat) under guidance; clipped x0_hat gets the eps_hat that belongs to it, so xt stays their sum."""
+        """(x0_hat, eps_hat) under guidance; a clipped x0_hat gets the eps_hat that belongs to it and to xt."""
         x0_hat, eps_hat = self.predict_x0_eps(self.guided(xt, t, y, w), xt, t)
         if clip_x0:
             abar = self.at(self.alphas_bar, t)
@@ -488,7 +489,7 @@ class DDPM(nn.Module):
     # samplers
 
     def sampler_timesteps(self, steps, sampler):
-        """The t visited, strictly falling from T-1 to 0: evenly in log-SNR for dpm++ ([6]), quadratically else ([4] D.2).
+        """The t visited, strictly falling from T-1 to 0: evenly in log-SNR for dpm++ ([6]), else by squares ([4] D.2).
 
         All T of them when steps is None. Raises DDPMError unless 1 <= steps <= T.
         """
@@ -605,7 +606,7 @@ class EMA:
 
 
 def save_checkpoint(path, checkpoint):
-    """Writes a dict of tensors and plain types so that `path` is whole at every moment; keeps the last one as `.prev`."""
+    """Writes a dict of tensors and plain types so that `path` is whole at any moment; keeps the last as `.prev`."""
     temporary, previous = f"{path}.tmp", f"{path}.prev"
     with open(temporary, "wb") as f:
         torch.save(checkpoint, f)
@@ -671,8 +672,8 @@ def export_weights(path, checkpoint):
 def choose_device(device="auto", dtype="auto", use_compile="auto"):
     """Turns the three settings into (device, amp dtype or None, compile or not); raises DDPMError for a missing device.
 
-    auto: cuda, mps or cpu; bfloat16 where the GPU has it, float16 on an older one, no autocast on cpu and mps; compile on
-    cuda alone.
+    auto: cuda, mps or cpu; bfloat16 where the GPU has it, float16 on an older one, no autocast on cpu and mps; compile
+    on cuda alone.
     """
     mps = torch.backends.mps.is_available()
     if device == "auto":

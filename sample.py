@@ -18,7 +18,7 @@ from ddpm import PictureNoise, choose_device, find_checkpoint, load_checkpoint, 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = "out"  # the checkpoint is here, and the pictures go here
 seed = 17  # picture k of a seed is the same at any batch size and on any machine (up to rounding)
-w = None  # guidance of Ho & Salimans: -1 unconditional, 0 conditional; default 1.8, or 0 where the model has no null label
+w = None  # guidance of Ho & Salimans: -1 unconditional, 0 conditional; default 1.8 (0 without a null label)
 guidance_scale = None  # other papers' number for the same thing, 1 + w; give one of the two
 classes = ""  # names or numbers, a row for each, repeats allowed; default all
 num_samples = 0  # pictures per row and class; default 8, in a sweep 1
@@ -45,7 +45,7 @@ if num_samples < 0 or batch_size < 1:
 device, amp_dtype, use_compile = choose_device(device, dtype, use_compile)
 path = find_checkpoint(out_dir, os.path.join(HERE, "weights"))
 checkpoint = load_checkpoint(path, device)
-if not path.startswith(out_dir):
+if path != os.path.join(out_dir, "ckpt.pt"):
     print(f"{out_dir} holds no checkpoint: using the pretrained weights/{os.path.basename(path)}")
 
 sweep_key, _, sweep_text = sweep.partition("=")

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from dataclasses import asdict
 
@@ -20,9 +19,17 @@ import torch.distributed as dist
 from configurator import ConfigError, configure
 from data import Batches, DataError, load, tile
 from ddpm import (
-    EMA, DDPM, DDPMConfig, choose_device, evaluating, load_checkpoint, make_generator, save_checkpoint, to_float,
+    DDPM,
+    EMA,
+    DDPMConfig,
+    choose_device,
+    evaluating,
+    load_checkpoint,
+    make_generator,
+    save_checkpoint,
+    to_float,
     to_uint8,
-)  # fmt: skip
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the run
@@ -329,4 +336,3 @@ else:
     say(f"done: `python sample.py --out_dir={out_dir}` draws from {out_dir}/ckpt.pt")
 if world > 1:
     dist.destroy_process_group()
-sys.exit(0)
