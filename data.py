@@ -1,8 +1,8 @@
 """Every data set as uint8 arrays, the shard format, and batches that are made on the device.
 
 Pictures at rest are uint8 (N, H, W, C), labels uint8 (N,). A shard folder holds images_00000.npy, labels_00000.npy, …
-and classes.json (a list of names), with train/ and test/ below it where it has both. Whatever was decoded or generated once
-is kept in that form and memory-mapped from then on.
+and classes.json (a list of names), with train/ and test/ below it where it has both. Whatever was decoded or
+generated once is kept in that form and memory-mapped from then on.
 """
 
 import colorsys
@@ -214,8 +214,8 @@ def load(dataset, split="train", data_dir="data", image_size=0, classes=""):
     """Loads one split of a data set: (images (N, H, W, C) uint8, labels (N,) int64 or None, class names).
 
     dataset: cifar10, fashion_mnist, flowers102, shapes, or a folder of pictures or of shards. image_size resizes
-    pictures that are decoded here (0: the data set's own size, 64 for pictures of any size). classes='cat,frog' keeps those, in
-    that order, as labels 0, 1. split 'test' gives None for images and labels where a data set has no such split.
+    pictures that are decoded here (0: the data set's own size, 64 for pictures of any size). classes='cat,frog'
+    keeps those, in that order, as labels 0, 1. split 'test' gives None for images and labels where a data set has no such split.
     Raises DataError when the data cannot be found, downloaded or read, or a class is unknown.
     """
     split_folder = None
@@ -297,9 +297,9 @@ def select(images, labels, names, classes):
 class Batches:
     """Training batches from uint8 pictures that stay on the device. Batch `step` is a pure function of (seed, step).
 
-    images (N, H, W, C) uint8; labels (N,) or None; batch_size counts the pictures of one step over all ranks. Each epoch
-    is a new order of all N. hflip mirrors half of them; crop < 1 takes a random square of at least that share of the side
-    and resizes it (random resized crop).
+    images (N, H, W, C) uint8; labels (N,) or None; batch_size counts the pictures of one step over all ranks. Each
+    epoch is a new order of all N. hflip mirrors half of them; crop < 1 takes a random square of at least that share of
+    the side and resizes it (random resized crop).
     """
 
     def __init__(self, images, labels, batch_size, seed, hflip=True, crop=1.0, device="cpu"):

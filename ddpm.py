@@ -5,9 +5,9 @@
     loss = model(x0, y).mean()                        # x0 (B, C, H, W) float in [-1, 1], y (B,) in 0..K-1
     x0 = model.sample(torch.tensor([3, 3, 5]), w=1.8)   # three pictures: two of class 3, one of class 5
 
-Notation, everywhere: x0 is a clean picture, xt the noisy one, eps ~ N(0, I) its noise, t = 0..T-1 (one per picture), y a
-label 0..K-1 or the null label K, and xt = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps. A hat marks what the network
-believes.
+Notation, everywhere: x0 is a clean picture, xt the noisy one, eps ~ N(0, I) its noise, t = 0..T-1 (one per picture), y
+a label 0..K-1 or the null label K, and xt = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps. A hat marks what the
+network believes.
 
 [1] Ho, Jain, Abbeel 2020, Denoising diffusion probabilistic models      [2] Nichol, Dhariwal 2021, Improved DDPM
 [3] Ho, Salimans 2022, Classifier-free diffusion guidance                [4] Song, Meng, Ermon 2021, DDIM

@@ -1,0 +1,1127 @@
+"""All tests: properties of the maths and of the program, on tiny nets, offline, on the CPU.
+
+test_NN_… catches row NN of the list of mistakes that public DDPM code makes: each name says which.
+"""
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import ddpm
+from ddpm import DDPM, EMA, DDPMConfig, DDPMError, make_betas, posterior_coefficients, to_float, to_uint8
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TINY = dict(image_size=8, num_classes=3, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0)
+TINY |= dict(timesteps=20, beta_end=0.6, class_names=("a", "b", "c"))
+SCHEDULES = ("linear", "cosine", "quadratic", "sigmoid")
+
+
+def tiny(**changes):
+    """A tiny model whose zero-initialised outputs are filled, so that it puts something out."""
+    torch.manual_seed(0)
+    model = DDPM(DDPMConfig(**(TINY | changes)))
+    for p in model.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.1)
+    return model
+
+
+class Net(nn.Module):
+    """Stands in for the network: a function of (x, t, y), which counts its calls."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.calls, self.seen = function, 0, []
+
+    def forward(self, x, t, y):
+        self.calls, self.seen = self.calls + 1, self.seen + [int(t[0])]
+        return self.function(x, t, y)
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def pictures(model, n=4):
+    return torch.randn(n, *model.shape).clamp(-1, 1), torch.arange(n) % 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# schedules and tables
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_01_posterior_variance_is_finite_and_zero_at_t0(schedule):
+    model = tiny(schedule=schedule)
+    for name, table in model.named_buffers():
+        assert table.isfinite().all(), name
+    assert model.posterior_var[0] == 0
+    model.net = Net(lambda x, t, y: 0.1 * x)
+    xt, t = torch.randn(2, *model.shape), torch.zeros(2, dtype=torch.long)
+    x0_hat, _ = model.predict(xt, t, None, 0)
+    mean, var = model.posterior(x0_hat, xt, t)
+    assert torch.equal(mean + var.sqrt() * torch.randn_like(xt), mean)
+    assert torch.allclose(mean, x0_hat, atol=1e-6)
+
+
+def test_01_last_step_draws_no_noise():
+    model = tiny(timesteps=1, beta_start=0.995, beta_end=0.995)
+    model.net = Net(lambda x, t, y: 0 * x)
+    drawn = []
+    original = ddpm.PictureNoise.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ddpm.PictureNoise, "__call__", lambda self: drawn.append(1) or original(self))
+        model.sample(torch.tensor([0]))
+    assert len(drawn) == 1  # the starting noise alone
+
+
+def test_02_posterior_variance_is_explicit(double):
+    model = tiny()
+    beta, abar_prev = model.betas[1:], model.alphas_bar_prev[1:]
+    assert torch.allclose(model.posterior_var[1:], 1 / ((1 - beta) / beta + 1 / (1 - abar_prev)), rtol=1e-12)
+    y = torch.tensor([0])
+    assert not torch.equal(model.sample(y, variance="posterior"), model.sample(y, variance="beta"))
+    with pytest.raises(DDPMError, match="variance"):
+        model.sample(y, variance="learned")
+
+
+def test_03_mean_from_eps_equals_mean_from_x0(double):
+    model = tiny()
+    xt, eps, t = torch.randn(20, *model.shape), torch.randn(20, *model.shape), torch.arange(20)
+    x0_hat, _ = model.predict_x0_eps(eps, xt, t)
+    beta, abar = model.at(model.betas, t), model.at(model.alphas_bar, t)
+    from_eps = (xt - beta / (1 - abar).sqrt() * eps) / (1 - beta).sqrt()
+    assert torch.allclose(model.posterior(x0_hat, xt, t)[0], from_eps, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_04_clipping_keeps_the_chain_bounded(schedule):
+    model = tiny(schedule=schedule, timesteps=1000, beta_end=0.02)
+    generator = torch.Generator().manual_seed(0)
+    model.net = Net(lambda x, t, y: torch.randn(x.shape, generator=generator))
+    hats = []
+    x = model.sample(torch.tensor([0, 1]), on_step=lambda i, xt, x0_hat: hats.append((xt, x0_hat)))
+    assert len(hats) == 1000 and x.isfinite().all()
+    for xt, x0_hat in hats:
+        assert x0_hat.abs().max() <= 1 and xt.isfinite().all() and xt.abs().max() < 10
+
+
+@pytest.mark.parametrize("objective", ddpm.OBJECTIVES)
+def test_05_eps_hat_belongs_to_the_clipped_x0_hat(double, objective):
+    model = tiny(objective=objective)
+    xt, t = 3 * torch.randn(20, *model.shape), torch.arange(20)
+    for clip in (True, False):
+        x0_hat, eps_hat = model.predict(xt, t, t % 3, 1.8, clip)
+        abar = model.at(model.alphas_bar, t)
+        assert torch.allclose(abar.sqrt() * x0_hat + (1 - abar).sqrt() * eps_hat, xt, atol=1e-10)
+        assert not clip or x0_hat.abs().max() <= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# guidance and labels
+
+
+@pytest.mark.parametrize("B", (1, 2, 3))
+def test_06_guidance_convention(double, B):
+    model = tiny().eval()
+    inner = model.net
+    model.net = Net(lambda x, t, y: inner(x, t, y))
+    xt, t, y = torch.randn(B, *model.shape), torch.full((B,), 7), torch.arange(B) % 3
+    conditional, null = model.network(xt, t, y), model.network(xt, t, torch.full_like(y, 3))
+    model.net.calls = 0
+    assert torch.equal(model.guided(xt, t, y, 0.0), conditional) and model.net.calls == 1
+    assert torch.equal(model.guided(xt, t, y, -1.0), null) and model.net.calls == 2
+    for w in (0.5, 1.8, 6.0):  # one pass of 2B equals two passes, linear in w
+        model.net.calls = 0
+        assert torch.allclose(model.guided(xt, t, y, w), (1 + w) * conditional - w * null, atol=1e-12)
+        assert model.net.calls == 1
+
+
+def test_06_sample_returns_one_type_whatever_the_arguments():
+    model = tiny()
+    for sampler in ddpm.SAMPLERS:
+        for w in (-1, 0, 1.8):
+            x = model.sample(torch.tensor([0, 2]), w=w, sampler=sampler, steps=3)
+            assert type(x) is torch.Tensor and x.shape == (2, *model.shape)
+
+
+def test_07_labels_are_0_to_K_minus_1_and_the_null_label_is_K():
+    model = tiny().eval()
+    assert model.net.condition.label.num_embeddings == 4
+    x, t = torch.randn(1, *model.shape), torch.tensor([5])
+    outs = [model.network(x, t, torch.tensor([k])) for k in range(4)]
+    assert all(not torch.equal(outs[a], outs[b]) for a in range(4) for b in range(a))
+    assert torch.equal(model.network(x, t, None), outs[3])
+    for label in (-1, 3):
+        with pytest.raises(DDPMError, match="classes 0..2"):
+            model.sample(torch.tensor([label]))
+
+
+def test_08_label_dropout_is_one_coin_per_picture():
+    model, y, n = tiny(p_uncond=0.1), torch.zeros(40000, dtype=torch.long), 40000
+    generator = torch.Generator().manual_seed(0)
+    dropped = model.drop_labels(y, generator) == 3
+    assert abs(dropped.sum().item() - 0.1 * n) < 4 * math.sqrt(n * 0.1 * 0.9)
+    assert not y.any()  # the caller's labels stay
+    batches = dropped.view(-1, 200).sum(1)
+    assert batches.min() > 0 and batches.max() < 200 and len(batches.unique()) > 5
+    assert not (tiny(p_uncond=0.0).drop_labels(y) == 3).any() and (tiny(p_uncond=1.0).drop_labels(y) == 3).all()
+
+
+def test_09_nothing_is_dropped_while_sampling_or_validating():
+    model = tiny(dropout=0.5, p_uncond=0.9)
+    seen, inner = [], model.net
+    model.net = Net(lambda x, t, y: seen.append(y) or inner(x, t, y))
+    model.net.inner = inner  # so that it is switched to eval mode
+    y = torch.tensor([0, 1, 2])
+    model.train()
+    a, b = (model.sample(y, sampler="ddim", steps=4) for _ in range(2))
+    assert torch.equal(a, b) and all(torch.equal(s, y) for s in seen) and model.training
+    with ddpm.evaluating(model):
+        x0, t, eps = torch.zeros(3, *model.shape), torch.tensor([1, 2, 3]), torch.ones(3, *model.shape)
+        assert torch.equal(model(x0, y, t, eps), model(x0, y, t, eps))
+    assert model.training
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# time steps, samplers
+
+
+def test_10_every_t_is_trained_and_visited():
+    model = tiny()
+    t, _ = model.draw(2000)
+    assert sorted(t.unique().tolist()) == list(range(20))
+    model.net = Net(lambda x, t, y: 0 * x)
+    model.sample(torch.tensor([0]))
+    assert model.net.seen == list(range(19, -1, -1))
+    abar = torch.cumprod(1 - make_betas("linear", 1000, 1e-4, 0.02), 0)
+    assert abs(abar[0] - 0.9999) < 1e-12 and abs(abar[999] / 4.0358e-5 - 1) < 1e-4
+
+
+CASES = [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("ddim", 1.0), ("dpm++", 0.0)]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sampler,eta", CASES)
+@pytest.mark.parametrize("steps", (1, 2, 7, None))
+def test_11_oracle_of_one_picture_gives_it_back(sampler, eta, steps, schedule):
+    model = tiny(schedule=schedule)
+    point = torch.rand(1, *model.shape) * 2 - 1
+
+    def oracle(x, t, y):
+        abar = model.at(model.alphas_bar, t)
+        return (x - abar.sqrt() * point) / (1 - abar).sqrt()
+
+    model.net = Net(oracle)
+    x = model.sample(torch.tensor([0, 1]), sampler=sampler, steps=steps, eta=eta)
+    assert torch.allclose(x, point.expand_as(x), atol=2e-3)
+
+
+@pytest.mark.parametrize("sampler,eta", CASES)
+def test_11_oracle_of_gaussian_data_gives_its_mean_and_variance(double, sampler, eta):
+    model = tiny(timesteps=200, beta_end=0.08, objective="x0")
+    mu, var = 0.3, 0.04
+
+    def oracle(x, t, y):
+        abar = model.at(model.alphas_bar, t)
+        return (mu / var + abar.sqrt() * x / (1 - abar)) / (1 / var + abar / (1 - abar))
+
+    model.net = Net(oracle)
+    y = torch.zeros(64, dtype=torch.long)
+    steps = {"ddpm": None, "ddim": 100, "dpm++": 25}[sampler]
+    x = model.sample(y, sampler=sampler, eta=eta, steps=steps, clip_x0=False)
+    assert abs(x.mean() - mu) < 4 * math.sqrt(var / x.numel()) + 0.002
+    assert abs(x.var() / var - 1) < 0.05
+
+
+def test_12_steps_fall_from_T_minus_1_to_0():
+    for schedule in SCHEDULES:
+        model = tiny(schedule=schedule, timesteps=500, beta_end=0.028)
+        for sampler in ddpm.SAMPLERS:
+            for steps in (1, 2, 3, 10, 50, 250, 499, 500):
+                ts = model.sampler_timesteps(steps, sampler)
+                assert len(ts) == steps and ts[0] == 499 and all(a > b for a, b in zip(ts, ts[1:]))
+                assert ts[-1] == (499 if steps == 1 else 0)
+            assert model.sampler_timesteps(500, sampler) == list(range(499, -1, -1))
+        for steps in (0, 501):
+            with pytest.raises(DDPMError, match="between 1 and"):
+                model.sampler_timesteps(steps, "ddim")
+
+
+def test_12_ddim_with_eta_1_is_ddpm(double):
+    model, y = tiny(), torch.tensor([0, 1])
+    assert torch.allclose(model.sample(y, sampler="ddim", eta=1.0), model.sample(y), atol=1e-9)
+
+
+@pytest.mark.parametrize("T,left", ((100, "0.60"), (200, "0.36")))
+def test_13_warns_where_signal_remains_and_says_what_mends_it(T, left):
+    with pytest.warns(UserWarning, match=rf"= {left}.*timesteps=\d+ or beta_end=[\d.]+ mends") as caught:
+        tiny(timesteps=T, beta_end=0.02)
+    words = str(caught[0].message).replace("=", " ").split()
+    longer, steeper = int(words[words.index("or") - 1]), float(words[words.index("or") + 2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny(timesteps=longer, beta_end=0.02)
+        tiny(timesteps=T, beta_end=steeper * 1.01)  # it is printed with three digits
+        for schedule in SCHEDULES:
+            tiny(timesteps=500, beta_end=0.028, schedule=schedule)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_14_tables_against_plain_python(schedule):
+    T, a, b = 500, 1e-4, 0.028
+    model = tiny(timesteps=T, beta_end=b, schedule=schedule)
+    abar = 1.0
+    for t in range(T):
+        if schedule == "linear":
+            beta = a + (b - a) * t / (T - 1)
+        elif schedule == "quadratic":
+            beta = (a**0.5 + (b**0.5 - a**0.5) * t / (T - 1)) ** 2
+        elif schedule == "sigmoid":
+            beta = a + (b - a) / (1 + math.exp(6 - 12 * t / (T - 1)))
+        else:
+            f = [math.cos((u / T + 0.008) / 1.008 * math.pi / 2) ** 2 for u in (t, t + 1)]
+            beta = min(0.999, 1 - f[1] / f[0])
+        previous, abar = abar, abar * (1 - beta)
+        var = beta * (1 - previous) / (1 - abar)
+        c0, ct = previous**0.5 * beta / (1 - abar), (1 - beta) ** 0.5 * (1 - previous) / (1 - abar)
+        wanted = dict(betas=beta, alphas_bar=abar, alphas_bar_prev=previous, posterior_var=var)
+        wanted |= dict(posterior_c0=c0, posterior_ct=ct)
+        for name, value in wanted.items():
+            assert getattr(model, name)[t].item() == pytest.approx(value, rel=1e-6, abs=1e-12), (name, t)
+        assert model.abar[t] == pytest.approx(abar, rel=1e-9)
+
+
+def test_ancestral_sampler_agrees_step_by_step_with_numpy(double):
+    """Algorithm 2 of Ho et al., written again from the paper in NumPy float64."""
+    T, betas, model = 20, np.linspace(1e-4, 0.6, 20), tiny()
+    model.net = Net(lambda x, t, y: 0.4 * torch.sin(3 * x) + 0.02 * t[:, None, None, None])
+    steps = []
+    y = torch.tensor([0, 1])
+    model.sample(y, seed=3, clip_x0=False, on_step=lambda i, xt, x0: steps.append(xt.numpy()))
+    noise = ddpm.PictureNoise(3, range(2), model.shape)
+    x, alphas, abar = noise().numpy(), 1 - betas, np.cumprod(1 - betas)
+    for t in range(T - 1, -1, -1):
+        eps = 0.4 * np.sin(3 * x) + 0.02 * t
+        mean = (x - betas[t] / np.sqrt(1 - abar[t]) * eps) / np.sqrt(alphas[t])
+        sigma = np.sqrt(betas[t] * (1 - abar[t - 1]) / (1 - abar[t])) if t else 0.0
+        x = mean + sigma * noise().numpy() if t else mean
+        np.testing.assert_allclose(steps[T - 1 - t], x, rtol=1e-9, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# network
+
+
+def test_15_zero_initialisation_survives():
+    model = DDPM(DDPMConfig(**TINY))
+    x = torch.randn(2, *model.shape)
+    assert not model.net(x, torch.tensor([0, 9]), torch.tensor([0, 1])).any()
+    x = torch.randn(2, 16, 4, 4)
+    assert torch.equal(ddpm.Attention(16)(x), x)
+    assert torch.equal(model.net.mid2(x, torch.randn(2, 32)), x)
+    assert (
+        not DDPM(DDPMConfig(**TINY, arch="cnn"))
+        .net(torch.randn(1, 3, 8, 8), torch.tensor([0]), torch.tensor([0]))
+        .any()
+    )
+
+
+def test_16_sizes_and_batch_independence():
+    with pytest.raises(DDPMError, match=r"image_size: 30 is not divisible by 8.*use 24"):
+        DDPMConfig(**(TINY | dict(image_size=30, ch_mult=(1, 1, 1, 1))))
+    for size in (28, 32):
+        for arch in ddpm.ARCHS:
+            model = tiny(image_size=size, ch_mult=(1, 2), arch=arch).eval()
+            x, t, y = torch.randn(3, *model.shape), torch.tensor([0, 5, 19]), torch.tensor([0, 1, 2])
+            out = model.network(x, t, y)
+            assert out.shape == x.shape
+            for i in range(3):
+                assert torch.allclose(out[i], model.network(x[i : i + 1], t[i : i + 1], y[i : i + 1])[0], atol=1e-5)
+    with pytest.raises(DDPMError, match="this model takes"):
+        model(torch.zeros(1, 3, 30, 30), torch.tensor([0]))
+
+
+def test_17_any_width_has_groups_that_divide_it():
+    for ch in (2, 6, 8, 10, 48, 100, 128, 320):
+        norm = ddpm.group_norm(ch)
+        assert ch % norm.num_groups == 0 and norm.num_groups <= 32
+    model = tiny(ch=8)
+    x0, y = pictures(model)
+    assert model(x0, y).isfinite().all()
+
+
+@pytest.mark.parametrize("T", (500, 1000))
+def test_18_embeddings_of_all_t_differ(T):
+    distance = torch.cdist(ddpm.sinusoid(torch.arange(T), 128), ddpm.sinusoid(torch.arange(T), 128))
+    assert (distance + 10 * torch.eye(T)).min() > 1e-3
+
+
+def test_patch_stem_and_unconditional_models_and_depths():
+    for changes in (dict(patch=2), dict(num_classes=0), dict(ch_mult=(1,)), dict(num_res_blocks=2), dict(channels=1)):
+        model = tiny(**changes)
+        x0, y = pictures(model)
+        y = y if model.K else None
+        model(x0, y).mean().backward()
+        # the null label's row is trained by dropped labels; everything else must get a gradient
+        assert all(p.grad is not None for p in model.parameters())
+        assert model.sample(y, indices=range(4), steps=2).shape == x0.shape
+    with pytest.raises(DDPMError, match="unconditional"):
+        tiny(num_classes=0).sample(torch.tensor([0]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# EMA, loss
+
+
+def test_19_ema():
+    net = nn.Linear(2, 1)
+    ema = EMA(net, 0.9999)
+    start = net.weight.detach().clone()
+    for _ in range(50):
+        ema.update()
+    assert torch.allclose(ema.shadow[0], start)  # constant weights are a fixed point
+    torch.manual_seed(0)
+    ema, wanted = EMA(net, 0.5), net.weight.detach().clone()
+    for k in range(30):
+        with torch.no_grad():
+            net.weight.normal_()
+        ema.update()
+        d = min(0.5, (1 + k) / (10 + k))
+        wanted = d * wanted + (1 - d) * net.weight.detach()
+    assert torch.allclose(ema.shadow[0], wanted, atol=1e-6)
+    again = EMA(nn.Linear(2, 1), 0.5)
+    again.load_state_dict(ema.state_dict())
+    assert again.updates == 30 and torch.equal(again.shadow[0], ema.shadow[0])
+    raw = net.weight.detach().clone()
+    with ema.applied():
+        assert torch.equal(net.weight, ema.shadow[0])
+    assert torch.equal(net.weight, raw)
+    # warm-up: the initial weights' share after 10,000 updates at 0.9999
+    share = math.prod(min(0.9999, (1 + k) / (10 + k)) for k in range(10_000))
+    assert share < 1e-6
+    assert {n for n, _ in tiny().named_parameters()} == set(EMA(tiny()).names)  # and not the schedule
+
+
+def test_20_loss_is_a_mean():
+    model = DDPM(DDPMConfig(**TINY))
+    x0 = torch.zeros(64, *model.shape)
+    y, t = torch.zeros(64, dtype=torch.long), torch.arange(64) % 20
+    eps = torch.randn(64, *model.shape)
+    loss = model(x0, y, t, eps)
+    assert loss.shape == (64,) and abs(loss.mean() - 1) < 0.05
+    twice = model(*(v.repeat(2, *[1] * (v.ndim - 1)) for v in (x0, y, t, eps)))
+    assert torch.allclose(twice.mean(), loss.mean())
+
+
+@pytest.mark.parametrize("objective", ddpm.OBJECTIVES)
+def test_weights_and_objectives(double, objective):
+    """The same error in x0 costs the same under vlb, whatever the objective: it is one bound."""
+    reference, model = tiny(weighting="vlb"), tiny(weighting="vlb", objective=objective)
+    t = torch.arange(20)
+    x0, eps, error = (torch.randn(20, *model.shape) for _ in range(3))
+    xt = model.q_sample(x0, t, eps)
+    abar = model.at(model.alphas_bar, t)
+    believed = x0 + error  # and the eps that belongs to it
+    out = model.target(believed, (xt - abar.sqrt() * believed) / (1 - abar).sqrt(), t)
+    model.net = Net(lambda x, t, y: out)
+    beta = reference.betas
+    eps_error = (abar / (1 - abar)) * error**2
+    wanted = beta / (2 * (1 - beta) * (1 - reference.alphas_bar)) * eps_error.mean((1, 2, 3))  # [Ho] eq. 12
+    assert torch.allclose(model(x0, t % 3, t, eps), wanted, rtol=1e-9)
+    assert torch.allclose(model.predict_x0_eps(out, xt, t)[0], believed, atol=1e-9)
+    snr = reference.alphas_bar / (1 - reference.alphas_bar)
+    closed = {"eps": snr.clamp(max=5) / snr, "x0": snr.clamp(max=5), "v": snr.clamp(max=5) / (snr + 1)}[objective]
+    assert torch.allclose(tiny(weighting="min_snr", objective=objective).loss_weight, closed, rtol=1e-9)
+    assert (tiny(objective=objective).loss_weight == 1).all()
+
+
+@pytest.mark.parametrize("kind,function", (("l2", lambda d: d**2), ("l1", abs), ("huber", None)))
+def test_loss_kinds(kind, function):
+    function = function or (lambda d: torch.where(d.abs() < 1, d**2 / 2, d.abs() - 0.5))
+    model = tiny(loss=kind)
+    model.net = Net(lambda x, t, y: 0.5 * x)
+    x0, y = pictures(model)
+    t, eps = model.draw(4)
+    wanted = function(0.5 * model.q_sample(x0, t, eps) - eps).mean((1, 2, 3))
+    assert torch.allclose(model(x0, y, t, eps), wanted, rtol=1e-5)
+
+
+def test_21_uint8_round_trip():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).repeat(1, 1, 1, 3)
+    assert torch.equal(to_uint8(to_float(levels)), levels)
+    assert to_float(levels).min() == -1 and to_float(levels).max() == 1
+    assert to_uint8(torch.tensor([-9.0, -1.004, 1.004, 9.0]).view(1, 1, 4, 1)).flatten().tolist() == [0, 0, 255, 255]
+
+
+def test_22_inputs_stay_as_they_were():
+    model = tiny()
+    x0, y = pictures(model)
+    t, eps = model.draw(4)
+    before = [v.clone() for v in (x0, y, t, eps)]
+    model(x0, y, t, eps).mean().backward()
+    with torch.no_grad():
+        model.predict(eps, t, y, 1.8)
+        model.posterior(x0, eps, t), model.drop_labels(y), to_uint8(x0)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x0, y, t, eps)))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_23_every_schedule_destroys_the_picture(schedule):
+    betas = make_betas(schedule, 1000, 1e-4, 0.02)
+    assert len(betas) == 1000 and (1 - betas).prod() < 1e-2
+    for bad in ((0.0, 0.02), (1e-4, 1.5), (-0.1, 0.1)):
+        if schedule != "cosine":
+            with pytest.raises(DDPMError, match="between 0 and 1"):
+                make_betas("linear" if schedule == "quadratic" else schedule, 10, *bad)
+
+
+def test_24_noise_is_normal_and_one_image_each():
+    model = tiny()
+    _, eps = model.draw(4000)
+    assert abs(eps.mean()) < 0.01 and abs(eps.var() - 1) < 0.01 and abs((eps**4).mean() - 3) < 0.1  # uniform: 1.8
+    assert not torch.equal(eps[0], eps[1])
+    x = ddpm.PictureNoise(0, range(2000), model.shape)().flatten(1)
+    assert abs(x.mean()) < 0.01 and abs(x.var() - 1) < 0.01
+    neighbours = (x[1:] * x[:-1]).mean(1)
+    assert neighbours.abs().max() < 6 / math.sqrt(x.shape[1]) and abs(neighbours.mean()) < 0.01
+
+
+def test_24_q_sample_has_the_closed_form_moments():
+    model = tiny()
+    x0, t = torch.full((5000, *model.shape), 0.7), torch.full((5000,), 9)
+    xt = model.q_sample(x0, t, torch.randn_like(x0))
+    mean, var = model.q_mean_variance(x0, t)
+    abar = model.alphas_bar[9]
+    assert torch.allclose(mean, abar.sqrt() * 0.7 * torch.ones(1)) and torch.allclose(var, (1 - abar) * torch.ones(1))
+    assert abs(xt.mean() - mean.mean()) < 0.01 and abs(xt.var() / (1 - abar) - 1) < 0.02
+
+
+def test_24_reverse_noise_is_scaled_by_the_standard_deviation():
+    model = tiny()
+    model.net = Net(lambda x, t, y: 0 * x)
+    seen = {}
+    y = torch.zeros(400, dtype=torch.long)
+    model.sample(y, steps=None, on_step=lambda i, xt, x0: seen.setdefault(i, (xt, x0)))
+    x_start = ddpm.PictureNoise(0, range(400), model.shape)()
+    c0, ct, var = posterior_coefficients(model.abar[19], model.abar[18])
+    residual = seen[0][0] - c0 * seen[0][1] - ct * x_start
+    assert abs(residual.var() / var - 1) < 0.02
+
+
+def test_24_the_loss_trains_and_is_against_the_noise():
+    model = tiny()
+    x0, y = pictures(model)
+    t, eps = model.draw(4)
+    model.net = Net(lambda x, t, y: eps)
+    assert model(x0, y, t, eps).abs().max() < 1e-12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def checkpoint_of(model, **more):
+    return dict(model_args=vars(model.config), model=model.state_dict(), ema=EMA(model).state_dict(), step=5) | more
+
+
+def test_26_damage_is_one_sentence_and_the_previous_checkpoint_is_kept(tmp_path):
+    path = str(tmp_path / "ckpt.pt")
+    with pytest.raises(DDPMError, match="make one with `python train.py`"):
+        ddpm.load_checkpoint(path)
+    ddpm.save_checkpoint(path, checkpoint_of(tiny()))
+    with open(path, "r+b") as f:
+        f.truncate(1000)
+    with pytest.raises(DDPMError, match="damaged.*there is no previous one"):
+        ddpm.load_checkpoint(path)
+    ddpm.save_checkpoint(path, checkpoint_of(tiny()))
+    ddpm.save_checkpoint(path, checkpoint_of(tiny(), step=6))
+    assert ddpm.load_checkpoint(path)["step"] == 6 and ddpm.load_checkpoint(f"{path}.prev")["step"] == 5
+    with open(path, "r+b") as f:
+        f.truncate(1000)
+    with pytest.raises(DDPMError, match=r"the previous one, .*\.prev \(step 5\), is good"):
+        ddpm.load_checkpoint(path)
+
+
+def test_26_kill_9_while_saving_leaves_a_whole_file(tmp_path):
+    code = (
+        "import torch, ddpm\nprint('ready', flush=True)\nfor step in range(10**6):\n"
+        "    big = {'w': torch.full((300_000,), float(step))}\n"
+        "    ddpm.save_checkpoint('ckpt.pt', dict(model_args={}, ema={'shadow': big}, step=step))\n"
+    )
+    for seed in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": HERE}
+        )
+        process.stdout.readline()
+        time.sleep(0.3 + random.Random(seed).random())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        loaded = ddpm.load_checkpoint(str(tmp_path / "ckpt.pt"))
+        assert (loaded["ema"]["shadow"]["w"] == loaded["step"]).all() and loaded["step"] > 0
+
+
+def test_27_keys_are_the_plain_modules_and_ema_samples_differ():
+    model = tiny()
+    names = set(model.state_dict())
+    model.net.compile(backend="eager")
+    assert set(model.state_dict()) == names and not any("_orig_mod" in n for n in names)
+    ema = EMA(model, 0.5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    y = torch.tensor([0])
+    raw = model.sample(y, steps=3)
+    with ema.applied():  # in place: the compiled network sees the averages
+        averaged = model.sample(y, steps=3)
+    assert not torch.equal(raw, averaged)
+    checkpoint = checkpoint_of(model) | {"ema": ema.state_dict()}
+    rebuilt = ddpm.model_from_checkpoint(checkpoint)
+    assert torch.allclose(rebuilt.sample(y, steps=3), averaged, atol=1e-5)
+    assert torch.allclose(ddpm.model_from_checkpoint(checkpoint, ema=False).sample(y, steps=3), raw, atol=1e-5)
+
+
+def test_pictures_do_not_depend_on_batch_size_or_order():
+    model = tiny()
+    y = torch.arange(64) % 3
+    for sampler, eta in (("ddpm", 0.0), ("ddim", 1.0), ("dpm++", 0.0)):
+        draw = lambda k: model.sample(y[k], 1.8, 5, k, sampler, 8, eta)  # noqa: E731
+        whole = draw(list(range(64)))
+        for size in (1, 7):
+            parts = torch.cat([draw(list(range(s, min(s + size, 64)))) for s in range(0, 64, size)])
+            assert torch.allclose(parts, whole, atol=1e-3)
+        order = torch.randperm(64)
+        assert torch.allclose(draw(order.tolist()), whole[order], atol=1e-3)
+    assert not torch.equal(model.sample(y[:1], seed=1), model.sample(y[:1], seed=2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data
+
+
+def test_shards_round_trip_and_their_faults(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (25, 8, 8, 3), dtype=np.uint8)
+    labels = np.arange(25) % 3
+    folder = str(tmp_path / "s")
+    data.write_shards(folder, images, labels, ["a", "b", "c"], shard_size=10)
+    got = data.load(folder)
+    assert np.array_equal(got[0], images) and np.array_equal(got[1], labels) and got[2] == ["a", "b", "c"]
+    got = data.load(folder, classes="c,a")
+    assert got[2] == ["c", "a"] and np.array_equal(got[0], images[labels != 1])
+    assert np.array_equal(got[1], np.where(labels[labels != 1] == 2, 0, 1))
+    with pytest.raises(data.DataError, match="did you mean"):
+        data.load(folder, classes="aa,b")
+    np.save(f"{folder}/labels_00001.npy", np.full(10, 7, dtype=np.uint8))
+    with pytest.raises(data.DataError, match="label 7"):
+        data.load(folder)
+    os.remove(f"{folder}/labels_00001.npy")
+    with pytest.raises(data.DataError, match="3 files of pictures, but 2"):
+        data.load(folder)
+    with open(f"{folder}/images_00002.npy", "r+b") as f:
+        f.truncate(150)
+    with pytest.raises(data.DataError, match="images_00002.npy is damaged"):
+        data.load(folder)
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    images = np.arange(20, dtype=np.uint8).reshape(20, 1, 1, 1).repeat(4, 1).repeat(4, 2)
+    make = lambda seed: data.Batches(images, np.arange(20), 8, seed)  # noqa: E731
+    a, b, other = make(1), make(1), make(2)
+    forward = [a(s) for s in range(10)]
+    backward = [b(s) for s in reversed(range(10))][::-1]
+    assert all(torch.equal(p[0], q[0]) and torch.equal(p[1], q[1]) for p, q in zip(forward, backward))
+    assert not torch.equal(torch.cat([other(s)[1] for s in range(10)]), torch.cat([y for _, y in forward]))
+    seen = torch.cat([y for _, y in forward])[:80].view(4, 20)  # four epochs of 20, each with every picture once
+    assert all(sorted(epoch.tolist()) == list(range(20)) for epoch in seen) and not torch.equal(seen[0], seen[1])
+    x, y = a(3)
+    assert torch.equal(to_uint8(x)[:, 0, 0, 0].long(), y)  # pictures keep their labels
+    halves = [a(3, slice(k, k + 4)) for k in (0, 4)]
+    assert torch.equal(torch.cat([h[0] for h in halves]), x)
+
+
+def test_flips_and_crops():
+    ramp = np.tile(np.arange(32, dtype=np.uint8) * 8, (32, 1))[None, :, :, None].repeat(400, 0)
+    x, _ = data.Batches(ramp, None, 400, 0)(0)
+    flipped = (x[:, 0, 0, 0] > x[:, 0, 0, -1]).float().mean()
+    assert 0.4 < flipped < 0.6
+    assert not (data.Batches(ramp, None, 400, 0, hflip=False)(0)[0][:, 0, 0, 0] > 0).any()
+    x, _ = data.Batches(ramp, None, 400, 0, hflip=False, crop=0.5)(0)
+    span = (x[:, 0, 0, -1] - x[:, 0, 0, 0]) * 127.5 / 8 + 1  # in pixels of the source
+    assert x.shape == (400, 1, 32, 32) and 15 < span.min() < 20 and 29 < span.max() < 33
+    assert x.min() >= -1 and x.max() <= 1
+
+
+def test_shapes_are_ten_balanced_seeded_classes():
+    images, labels, names = data.draw_shapes(500, 3)
+    again, _, _ = data.draw_shapes(500, 3)
+    assert images.dtype == np.uint8 and images.shape == (500, 32, 32, 3) and len(names) == 10
+    assert np.array_equal(images, again) and (np.bincount(labels) == 50).all()
+    assert len(np.unique(images.reshape(500, -1), axis=0)) == 500
+    means = np.stack([images[labels == k].mean((0, 3)) for k in range(10)])  # the classes differ in form
+    assert min(np.abs(means[a] - means[b]).max() for a in range(10) for b in range(a)) > 10
+
+
+def test_a_folder_of_pictures_with_and_without_classes(tmp_path):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for name in ("x", "y"):
+        (tmp_path / "p" / name).mkdir(parents=True)
+        for i in range(5):
+            size = (20 + 4 * i, 24, 3)
+            Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(tmp_path / "p" / name / f"{i}.png")
+    images, labels, names = data.load(str(tmp_path / "p"), data_dir=str(tmp_path / "kept"), image_size=16)
+    assert images.shape == (10, 16, 16, 3) and names == ["x", "y"] and np.bincount(labels).tolist() == [5, 5]
+    again = data.load(str(tmp_path / "p"), data_dir=str(tmp_path / "kept"), image_size=16)[0]
+    assert isinstance(again, np.memmap) and np.array_equal(again, images)
+    images, labels, names = data.load(str(tmp_path / "p" / "x"), data_dir=str(tmp_path / "kept"), image_size=16)
+    assert len(images) == 5 and labels is None and names == []
+    assert data.load(str(tmp_path / "p"), "test", str(tmp_path / "kept"))[0] is None
+    (tmp_path / "p" / "x" / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(data.DataError, match="bad.png is not a readable picture"):
+        data.load(str(tmp_path / "p"), data_dir=str(tmp_path / "kept"), image_size=16)
+
+
+def test_torchvisions_cifar10_download_is_used_checked_and_then_not_needed(tmp_path, monkeypatch):
+    """A small archive in CIFAR-10's own format, fetched by torchvision from a file: address."""
+    import torchvision
+
+    kind, rng, source = torchvision.datasets.CIFAR10, np.random.default_rng(0), tmp_path / "cifar-10-batches-py"
+    source.mkdir()
+    pixels = rng.integers(0, 256, (10, 3072), dtype=np.uint8)
+    batch = {"data": pixels, "labels": list(range(10))}
+    for name, content in (("b", batch), ("t", batch), ("batches.meta", {"label_names": list("abcdefghij")})):
+        (source / name).write_bytes(pickle.dumps(content))
+    md5 = lambda path: hashlib.md5(path.read_bytes()).hexdigest()  # noqa: E731
+    with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as archive:
+        archive.add(source, source.name)
+    monkeypatch.setattr(kind, "train_list", [["b", md5(source / "b")]])
+    monkeypatch.setattr(kind, "test_list", [["t", md5(source / "t")]])
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": md5(source / "batches.meta")}
+    monkeypatch.setattr(kind, "meta", meta)
+    monkeypatch.setattr(kind, "filename", "c.tar.gz")
+    monkeypatch.setattr(kind, "tgz_md5", "0" * 32)
+    monkeypatch.setattr(kind, "url", (tmp_path / "c.tar.gz").as_uri())
+    where = str(tmp_path / "data")
+    with pytest.raises(data.DataError, match="download failed.*By hand.*config/shapes.py"):  # a wrong checksum
+        data.load("cifar10", data_dir=where)
+    monkeypatch.setattr(kind, "tgz_md5", md5(tmp_path / "c.tar.gz"))
+    images, labels, names = data.load("cifar10", data_dir=where)
+    assert np.array_equal(images, pixels.reshape(10, 3, 32, 32).transpose(0, 2, 3, 1)) and names == list("abcdefghij")
+    monkeypatch.setattr(kind, "url", "file:///nowhere")  # kept as shards: no second download
+    assert np.array_equal(data.load("cifar10", "test", where)[1], np.arange(10))
+
+
+def test_fashion_mnist_in_its_own_format(tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
+    for split in ("train", "t10k"):
+        header = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (6, 28, 28))
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + (6).to_bytes(4, "big") + bytes(range(6)))
+    images, labels, names = data.load("fashion_mnist", data_dir=str(tmp_path))
+    assert np.array_equal(images[..., 0], pixels) and labels.tolist() == list(range(6)) and names[0] == "T-shirt/top"
+    with pytest.raises(data.DataError, match="28x28, not 32"):
+        data.load("fashion_mnist", data_dir=str(tmp_path), image_size=32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the scripts, through the command line
+
+
+def cli(capfd, script, *args):
+    """Runs a script in this process as its command line would: (exit status, output and errors)."""
+    status, handlers = 0, [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    capfd.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [os.path.join(HERE, script), *args])
+        patch.setattr(sys, "excepthook", sys.__excepthook__)
+        try:
+            runpy.run_path(os.path.join(HERE, script), run_name="__main__")
+        except SystemExit as e:
+            status = e.code or 0
+        except BaseException as e:
+            try:
+                sys.excepthook(type(e), e, e.__traceback__)
+                status = 1
+            except SystemExit as hooked:
+                status = hooked.code
+        finally:
+            for signum, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+                signal.signal(signum, handler)
+    out, err = capfd.readouterr()
+    return status, out + err
+
+
+def one_line(result):
+    status, text = result
+    assert status == 2 and "Traceback" not in text, text
+    return text.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """A data_dir with small sets of every built-in data set's form, and a shard folder of 8x8 pictures."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    forms = {"cifar10": (32, 3, 10), "fashion_mnist": (28, 1, 10), "flowers102": (64, 3, 102), "shapes": (32, 3, 10)}
+    for name, (size, channels, classes) in (forms | {"tiny": (8, 3, 3)}).items():
+        names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+        names = names[:classes] if classes <= 10 else [str(k) for k in range(classes)]
+        n = max(60, classes)
+        for split in ("train", "test"):
+            images = rng.integers(0, 256, (n, size, size, channels), dtype=np.uint8)
+            data.write_shards(f"{root}/{name}/{split}", images, np.arange(n) % classes, names)
+    return str(root)
+
+
+def tiny_flags(shards, out_dir, **changes):
+    settings = dict(dataset=f"{shards}/tiny", out_dir=out_dir, ch=8, ch_mult="1,2", num_res_blocks=1, dropout=0.1)
+    settings |= dict(attn_resolutions="4", timesteps=20, beta_end=0.6, batch_size=8, max_iters=6, warmup_iters=2)
+    settings |= dict(lr=1e-3, min_lr=1e-3, log_interval=1, eval_interval=2, sample_interval=0, device="cpu")
+    return [f"--{k}={v}" for k, v in (settings | changes).items()]
+
+
+@pytest.fixture(scope="session")
+def trained(shards, tmp_path_factory):
+    """The folder of a tiny model, trained for a few steps by the real script."""
+    out_dir = str(tmp_path_factory.mktemp("run") / "out")
+    flags = tiny_flags(shards, out_dir, sample_interval=6)
+    subprocess.run([sys.executable, f"{HERE}/train.py", *flags], check=True, cwd=shards, capture_output=True)
+    return out_dir
+
+
+def same(a, b):
+    """Equal to the last bit, whatever the nesting."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def test_25_a_stopped_and_resumed_run_equals_one_that_was_not(shards, tmp_path, capfd):
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    assert cli(capfd, "train.py", *tiny_flags(shards, whole, grad_accum=2))[0] == 0
+    assert cli(capfd, "train.py", *tiny_flags(shards, parts, grad_accum=2, max_iters=4))[0] == 0
+    status, text = cli(capfd, "train.py", f"--out_dir={parts}", "--init_from=resume", "--max_iters=6")
+    assert status == 0 and "max_iters changes from 4 to 6" in text
+    a, b = (ddpm.load_checkpoint(f"{d}/ckpt.pt") for d in (whole, parts))
+    for key in ("model", "ema", "optimizer", "scaler", "step"):
+        assert same(a[key], b[key]), key
+    assert a["history"]["val_loss"] == b["history"]["val_loss"] and len(a["history"]["val_loss"]) == 3
+    assert a["history"]["train_loss"] == b["history"]["train_loss"]
+
+
+def test_25_sigterm_saves_and_the_run_goes_on(shards, tmp_path, capfd):
+    flags = tiny_flags(shards, str(tmp_path / "out"), max_iters=100_000, eval_interval=50_000)
+    process = subprocess.Popen([sys.executable, f"{HERE}/train.py", *flags], stdout=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith("step       5"):
+        pass
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    stopped_at = ddpm.load_checkpoint(str(tmp_path / "out" / "ckpt.pt"))["step"]
+    assert process.returncode == 0 and f"stopped by signal at step {stopped_at}" in out and stopped_at >= 5
+    status, text = cli(
+        capfd, "train.py", f"--out_dir={tmp_path}/out", "--init_from=resume", f"--max_iters={stopped_at + 2}"
+    )
+    assert status == 0 and f"steps {stopped_at} to {stopped_at + 2}" in text
+
+
+def test_28_two_gloo_processes_equal_one(shards, tmp_path, capfd):
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert cli(capfd, "train.py", *tiny_flags(shards, one, dropout=0.0, sample_interval=6))[0] == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    flags = tiny_flags(shards, two, dropout=0.0, sample_interval=6)
+    done = subprocess.run([*command, f"{HERE}/train.py", *flags], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    a, b = (ddpm.load_checkpoint(f"{d}/ckpt.pt") for d in (one, two))
+    for key in ("model", "ema"):
+        x, y = (c[key] if key == "model" else c[key]["shadow"] for c in (a, b))
+        assert x.keys() == y.keys() and all(torch.allclose(x[k], y[k], atol=2e-5) for k in x)
+    for key in ("train_loss", "val_loss", "log_loss", "train_quarters"):
+        np.testing.assert_allclose(a["history"][key], b["history"][key], rtol=1e-3)
+    assert os.path.exists(f"{two}/samples_000006.png")
+
+
+def test_29_learning_rate_and_number_of_steps(shards, tmp_path, capfd):
+    flags = tiny_flags(shards, str(tmp_path), max_iters=12, warmup_iters=3, lr=0.8, min_lr=0.1, eval_interval=100)
+    assert cli(capfd, "train.py", *flags, "--grad_clip=0.001")[0] == 0
+    with open(tmp_path / "log.json") as f:
+        log = json.load(f)
+    assert log["log_step"] == list(range(1, 13)) and log["step"] == [12]
+    assert log["lr"][:4] == pytest.approx([0.2, 0.4, 0.6, 0.8]) and log["lr"][-1] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(log["lr"][3:], log["lr"][4:]))
+    assert {"train_loss", "val_loss", "test_loss", "epochs"} <= log.keys() and log["test_loss"] > 0
+    assert log["epochs"] == [pytest.approx(12 * 8 / 54)]
+
+
+def test_epochs_give_the_length(shards, tmp_path, capfd):
+    flags = [f for f in tiny_flags(shards, str(tmp_path)) if not f.startswith("--max_iters")]
+    status, text = cli(capfd, "train.py", *flags, "--epochs=1")
+    assert status == 0 and "steps 0 to 7" in text  # 54 pictures in batches of 8
+    assert "not both" in one_line(cli(capfd, "train.py", *flags, "--epochs=1", "--max_iters=3"))
+
+
+@pytest.mark.parametrize("name", sorted(n for n in os.listdir(f"{HERE}/config") if n.endswith(".py")))
+def test_every_config_runs(name, shards, tmp_path, capfd):
+    small = dict(max_iters=2, batch_size=2, ch=8, timesteps=20, beta_end=0.6, eval_interval=2, eval_pictures=4)
+    flags = [f"--{k}={v}" for k, v in small.items()] + [f"--out_dir={tmp_path}/out", f"--data_dir={shards}"]
+    flags += [f"--dataset={shards}/cifar10"] if name == "folder.py" else []
+    assert cli(capfd, "train.py", f"config/{name}", *flags, "--sample_interval=0", "--device=cpu")[0] == 0
+    assert len(json.load(open(tmp_path / "out" / "log.json"))["val_loss"]) == 1
+    if name == "cats_frogs.py":
+        flags += ["--classes=cat", "--conditional=False", "--sample_interval=2"]
+        assert cli(capfd, "train.py", f"config/{name}", *flags, "--device=cpu")[0] == 0
+        assert ddpm.load_checkpoint(f"{tmp_path}/out/ckpt.pt")["model_args"]["num_classes"] == 0
+        assert cli(capfd, "sample.py", f"--out_dir={tmp_path}/out", "--steps=2", "--num_samples=3")[0] == 0
+
+
+def test_default_recipe_has_its_size_and_takes_steps(shards, tmp_path, capfd):
+    flags = [f"--data_dir={shards}", f"--out_dir={tmp_path}", "--max_iters=2", "--batch_size=2", "--device=cpu"]
+    status, text = cli(capfd, "train.py", "config/cifar_linear.py", *flags, "--eval_pictures=2", "--sample_interval=0")
+    assert status == 0
+    assert 35 < float(text.split("M weights")[0].split()[-1]) < 40
+    defaults = dict(line.split("=", 1) for line in help_lines(capfd, "train.py"))
+    with open(f"{HERE}/config/cifar_linear.py") as f:
+        scope = {}
+        exec(f.read(), scope)
+    assert all(repr(v) == defaults[k] for k, v in scope.items() if not k.startswith("_"))
+
+
+def help_lines(capfd, script):
+    status, text = cli(capfd, script, "--help")
+    assert status == 0
+    lines = [line.strip() for line in text.split("keys (--key=value):")[1].splitlines()]
+    return [line.split("  ")[0].split(") ")[0] + (")" if "=(" in line else "") for line in lines if "=" in line]
+
+
+@pytest.mark.parametrize("script", ("train.py", "sample.py"))
+def test_help_lists_every_key_with_its_comment(script, capfd):
+    status, text = cli(capfd, script, "--help")
+    assert status == 0 and "--key=value" in text
+    for key in ("out_dir=", "seed=", "device='auto'"):
+        assert key in text
+    assert "cuda, mps, cpu" in text
+
+
+def test_30_settings_are_checked(shards, trained, tmp_path, capfd):
+    config = tmp_path / "c.py"
+    config.write_text("lr = 1\nbatch_sise = 4\n")
+    assert "c.py:2: unknown key 'batch_sise': did you mean 'batch_size'?" in one_line(
+        cli(capfd, "train.py", str(config))
+    )
+    config.write_text("import math\nlr = 'fast'\n")
+    assert "c.py:2: lr='fast' is not of type float" in one_line(cli(capfd, "train.py", str(config)))
+    config.write_text("lr = 1 / 0\n")
+    assert "ZeroDivisionError" in one_line(cli(capfd, "train.py", str(config)))
+    assert "no config file 'config/nothing.py'" in one_line(cli(capfd, "train.py", "config/nothing.py"))
+    assert "flag: unknown key 'sampler': it is a key of sample.py" in one_line(cli(capfd, "train.py", "--sampler=ddim"))
+    assert "it is a key of train.py" in one_line(cli(capfd, "sample.py", "--weight_decay=1"))
+    assert "did you mean 'max_iters'" in one_line(cli(capfd, "train.py", "--max_iter=5"))
+    assert "is not of type int" in one_line(cli(capfd, "train.py", "--batch_size=2.5"))
+    assert "is not of type bool" in one_line(cli(capfd, "train.py", "--hflip=1"))
+    assert "is not of type tuple" in one_line(cli(capfd, "train.py", "--ch_mult=a,b"))
+    assert "write it as --lr=value" in one_line(cli(capfd, "train.py", "--lr"))
+    assert "unknown key 'os'" in one_line(cli(capfd, "train.py", "--os=1"))
+    config.write_text("max_iters = 1e0\nlr = 1\nch_mult = [1, 2]\n")  # a float that is whole, an int, a list
+    flags = [f for f in tiny_flags(shards, f"{tmp_path}/out=1") if f.split("=")[0] not in ("--max_iters", "--lr")]
+    flags = [f for f in flags if not f.startswith("--ch_mult")]
+    assert cli(capfd, "train.py", str(config), *flags, "--batch_size=8e0")[0] == 0  # and a value with a "=" in it
+    saved = ddpm.load_checkpoint(f"{tmp_path}/out=1/ckpt.pt")
+    assert saved["config"]["ch_mult"] == (1, 2) and saved["model_args"]["ch_mult"] == (1, 2)
+    assert saved["config"]["lr"] == 1.0 and type(saved["config"]["max_iters"]) is int
+
+
+def test_30_a_real_command_line_ends_with_status_2_and_works_from_any_folder(tmp_path):
+    run = lambda *args: subprocess.run(  # noqa: E731
+        [sys.executable, f"{HERE}/train.py", *args], cwd=tmp_path, capture_output=True, text=True
+    )
+    done = run("--learning_rate=1")
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.strip().splitlines()) == 1
+    assert "unknown key 'learning_rate'" in done.stderr
+    done = run("config/shapes.py", "--dataset=nowhere")  # the config file beside the script is found
+    assert done.returncode == 2 and "dataset 'nowhere' is no data set and no folder" in done.stderr
+
+
+def test_errors_of_training_are_one_line(shards, trained, tmp_path, capfd):
+    def train(**changes):
+        return one_line(cli(capfd, "train.py", *tiny_flags(shards, str(tmp_path / "out"), **changes)))
+
+    assert "no checkpoint" in train(init_from="resume") and "python train.py" in train(init_from="resume")
+    assert "not one of scratch, resume" in train(init_from="gpt2")
+    assert "not divisible by 1 ranks x grad_accum 3" in train(grad_accum=3)
+    assert "'schedule'" not in train(schedule="bad") and "schedule: 'bad' is not one of linear" in train(schedule="bad")
+    assert "between 0 and 1" in train(beta_end=1.5)
+    assert "is not divisible by 16" in train(ch_mult="1,1,1,1,1")
+    assert "did you mean 'cifar10'" in train(dataset="cifar")
+    assert "unknown class 'birb'; did you mean 'bird'?" in train(classes="birb")
+    assert "val_fraction" in train(val_fraction=1.0)
+    if not torch.cuda.is_available():
+        assert "device: 'cuda' was asked for" in train(device="cuda")
+    line = train(lr="1e18", min_lr="1e18", max_iters=60, eval_interval=2)
+    assert "loss is" in line and "last good checkpoint" in line and "lower lr" in line
+    resume = ["--init_from=resume", f"--out_dir={trained}"]
+    assert "ch: checkpoint 8, flag 16" in one_line(cli(capfd, "train.py", *resume, "--ch=16"))
+
+
+def test_a_failed_download_says_what_to_do(tmp_path, capfd, monkeypatch):
+    import torchvision
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "file:///nowhere.tar.gz")
+    line = one_line(cli(capfd, "train.py", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/out", "--device=cpu"))
+    assert "download failed" in line and "cs.toronto.edu" in line and "config/shapes.py" in line
+
+
+def test_errors_of_sampling_are_one_line(trained, shards, tmp_path, capfd):
+    def sample(*args):
+        return one_line(cli(capfd, "sample.py", f"--out_dir={trained}", *args))
+
+    assert "not both" in sample("--w=1", "--guidance_scale=2")
+    assert "unknown class 'birt'; did you mean 'bird'?" in sample("--classes=birt")
+    assert "sampler: 'euler' is not one of" in sample("--sampler=euler")
+    assert "between 1 and the model's 20" in sample("--steps=21")
+    assert "eta=1 belongs to ddim" in sample("--eta=1")
+    assert "sweep" in sample("--sweep=lr=1,2") and "is not of type int" in sample("--sweep=steps=3,x")
+    assert "no checkpoint" in one_line(cli(capfd, "sample.py", f"--out_dir={tmp_path}/none"))
+    flags = tiny_flags(shards, str(tmp_path / "u"), p_uncond=0.0, max_iters=1)
+    assert cli(capfd, "train.py", *flags)[0] == 0
+    line = one_line(cli(capfd, "sample.py", f"--out_dir={tmp_path}/u", "--w=1.8"))
+    assert "trained at p_uncond=0" in line
+    status, text = cli(capfd, "sample.py", f"--out_dir={tmp_path}/u", "--steps=2")
+    assert status == 0 and "w=0" in text
+    with open(f"{tmp_path}/u/ckpt.pt", "r+b") as f:
+        f.truncate(2000)
+    assert "damaged" in one_line(cli(capfd, "sample.py", f"--out_dir={tmp_path}/u"))
+
+
+def test_sampling_writes_what_it_says(trained, capfd):
+    from PIL import Image
+
+    def picture(name):
+        return np.asarray(Image.open(f"{trained}/{name}").convert("RGB")).astype(int)
+
+    def sample(*args):
+        status, text = cli(capfd, "sample.py", f"--out_dir={trained}", "--steps=4", *args)
+        assert status == 0, text
+        return text
+
+    assert "w=1.8 (guidance_scale=2.8)" in sample()
+    default = picture("sample.png")
+    assert "w=1.8" in sample("--guidance_scale=2.8", "--batch_size=7")
+    assert np.abs(picture("sample.png") - default).max() <= 2
+    sample("--batch_size=1")
+    assert np.abs(picture("sample.png") - default).max() <= 2
+    assert np.abs(picture("noise.png") - default).max() > 50
+    sample("--seed=18")
+    assert np.abs(picture("sample.png") - default).max() > 50
+    sample("--classes=bird,bird,0", "--num_samples=2", "--gif=True", "--ema=False")
+    assert Image.open(f"{trained}/denoising.gif").n_frames == 4 + 1
+    height = lambda rows: rows * 18 + 2  # noqa: E731
+    assert picture("sample.png").shape[0] == height(3)
+    for sweep, rows in (("w=-1,0,2,6", 4), ("ema=True,False", 2), ("steps=2,3", 2), ("sampler=ddpm,ddim,dpm++", 3)):
+        sample(f"--sweep={sweep}")
+        assert picture(f"sweep_{sweep.split('=')[0]}.png").shape[0] == height(rows)
+    sample("--sweep=seed=3,3")
+    two = picture("sweep_seed.png")
+    assert np.array_equal(two[2:18, 80:], two[20:36, 80:])  # equal noise in every row
+
+
+@pytest.mark.skipif(not os.path.isdir(f"{HERE}/weights"), reason="no pretrained weights yet")
+def test_pretrained_weights_are_used_where_there_is_no_checkpoint(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, text = cli(capfd, "sample.py", "--steps=2", "--num_samples=1", "--device=cpu")
+    assert status == 0 and "out holds no checkpoint: using the pretrained weights/" in text
+    assert os.path.exists("out/sample.png")
+    for name in os.listdir(f"{HERE}/weights"):
+        assert os.path.getsize(f"{HERE}/weights/{name}") <= 8e6
+    assert "averaged weights alone" in one_line(cli(capfd, "sample.py", "--ema=False"))
+
+
+def test_exported_weights_draw_the_same_pictures(trained, tmp_path):
+    checkpoint = ddpm.load_checkpoint(f"{trained}/ckpt.pt")
+    ddpm.export_weights(str(tmp_path / "w.pt"), checkpoint)
+    half = ddpm.load_checkpoint(str(tmp_path / "w.pt"))
+    assert half["ema"]["shadow"]["net.stem.weight"].dtype == torch.float16
+    y = torch.tensor([0, 1])
+    a, b = (ddpm.model_from_checkpoint(c).sample(y, steps=4) for c in (checkpoint, half))
+    assert torch.allclose(a, b, atol=0.05)
+
+
+def test_bfloat16_autocast_covers_the_network_alone():
+    model = tiny()
+    model.amp_dtype = torch.bfloat16
+    x0, y = pictures(model)
+    loss = model(x0, y)
+    assert loss.dtype == torch.float32
+    loss.mean().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# slow proofs
+
+
+def shape_classifier():
+    """A small network that tells the ten real shapes apart, and its accuracy on 2,000 others."""
+    images, labels, _ = data.draw_shapes(12000, 5)
+    x, y = to_float(torch.from_numpy(images)), torch.from_numpy(labels).long()
+    torch.manual_seed(0)
+    layers = []
+    for a, b in ((3, 32), (32, 64), (64, 64)):
+        layers += [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 10))
+    steps = 400
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        k = torch.randint(10000, (64,))
+        noisy = x[k] + 0.1 * torch.rand(64, 1, 1, 1) * torch.randn(64, 3, 32, 32)
+        F.cross_entropy(net(noisy), y[k]).backward()
+        optimizer.step(), optimizer.zero_grad(), scheduler.step()
+    net.eval()
+    with torch.no_grad():
+        return net, (net(x[10000:]).argmax(1) == y[10000:]).float().mean().item()
+
+
+@pytest.mark.slow
+def test_the_quick_start_draws_what_was_asked_for(tmp_path):
+    """Trains config/shapes.py for real: at least 95% of 500 pictures are of their class; an untrained net scores 10%."""
+    out_dir = str(tmp_path / "out")
+    start = time.time()
+    command = [sys.executable, f"{HERE}/train.py", "config/shapes.py", f"--out_dir={out_dir}", "--sample_interval=0"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    minutes = (time.time() - start) / 60
+    net, real = shape_classifier()
+    y = torch.arange(500) % 10
+    scores = {}
+    model = ddpm.model_from_checkpoint(ddpm.load_checkpoint(f"{out_dir}/ckpt.pt"))
+    for w in (0.0, 1.8):
+        x = torch.cat([model.sample(y[s], w, 0, s.tolist(), "dpm++", 25) for s in torch.arange(500).split(100)])
+        scores[w] = (net(x).argmax(1) == y).float().mean().item()
+    fresh = DDPM(model.config)
+    x = torch.cat([fresh.sample(y[s], 0.0, 0, s.tolist(), "dpm++", 5) for s in torch.arange(500).split(100)])
+    untrained = (net(x).argmax(1) == y).float().mean().item()
+    print(f"\nclassifier on real shapes {real:.1%}; asked-for class at w=0 {scores[0.0]:.1%}, at w=1.8 {scores[1.8]:.1%}, "
+          f"untrained {untrained:.1%}; training took {minutes:.1f} min")  # fmt: skip
+    assert real >= 0.99 and scores[1.8] >= 0.95 and untrained < 0.2
