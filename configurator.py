@@ -92,7 +92,7 @@ def parse(text, wanted):
 
 
 def print_help(doc, defaults, optional):
-    comments = {key: comment for key, _, comment in assignments(sys.argv[0])}
+    comments = {key: comment for key, _, comment in reversed(assignments(sys.argv[0]))}  # the first one counts
     print((doc or "").strip() + "\n\nkeys (--key=value):")
     for key, value in defaults.items():
         kind = f" ({optional[key].__name__})" if key in optional else ""

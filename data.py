@@ -215,7 +215,8 @@ def load(dataset, split="train", data_dir="data", image_size=0, classes=""):
 
     dataset: cifar10, fashion_mnist, flowers102, shapes, or a folder of pictures or of shards. image_size resizes
     pictures that are decoded here (0: the data set's own size, 64 for pictures of any size). classes='cat,frog'
-    keeps those, in that order, as labels 0, 1. split 'test' gives None for images and labels where a data set has no such split.
+    keeps those, in that order, as labels 0, 1. split 'test' gives None for images and labels
+    where a data set has no such split.
     Raises DataError when the data cannot be found, downloaded or read, or a class is unknown.
     """
     split_folder = None

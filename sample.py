@@ -133,7 +133,7 @@ else:
     noise = PictureNoise(seed, range(len(labels)), model.shape)()
     save(tile(to_uint8(noise / 3).numpy(), columns, titles), "noise.png")
     if gif:
-        shown = sorted(frames)[:: max(1, len(frames) // 50)] + [max(frames)]
+        shown = sorted({*range(0, len(frames), max(1, len(frames) // 50)), max(frames)})
         sheets = [tile(torch.cat(frames[i]).numpy(), columns, titles) for i in shown]
         sheets[0].save(
             os.path.join(out_dir, "denoising.gif"), save_all=True, append_images=sheets[1:], loop=0,
