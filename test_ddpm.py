@@ -1092,7 +1092,7 @@ def test_bfloat16_autocast_covers_the_network_alone():
 
 def shape_classifier():
     """A small network that tells the ten real shapes apart, and its accuracy on 2,000 others."""
-    images, labels, _ = data.draw_shapes(12000, 5)
+    images, labels, _ = data.draw_shapes(12000, seed=5)
     x, y = to_float(torch.from_numpy(images)), torch.from_numpy(labels).long()
     torch.manual_seed(0)
     layers = []
