@@ -108,7 +108,7 @@ def configure(namespace, **optional):
     """
     sys.excepthook = report
     public = {k: v for k, v in namespace.items() if not k.startswith("_")}
-    defaults = {k: v for k, v in public.items() if isinstance(v, PLAIN) or k in optional}
+    defaults = {k: v for k, v in public.items() if k.islower() and isinstance(v, PLAIN) or k in optional}
     wanted = {k: optional.get(k, type(v)) for k, v in defaults.items()}
     given = {}
 
@@ -118,6 +118,9 @@ def configure(namespace, **optional):
         if key in optional and value in (None, "none", "None"):
             given[key] = None
             return
+        if defaults[key] in ("auto", "True", "False") and isinstance(value, bool):
+            value = str(value)
+        given.pop(key, None)  # so that `given` is in the order in which keys were set
         try:
             given[key] = reader(value, wanted[key])
         except TypeError:

@@ -48,6 +48,10 @@ def save_array(path, array):
 
 def write_shards(folder, images, labels, class_names, shard_size=10000):
     """Writes images (N, H, W, C) and labels (N,), or None for pictures without classes, as uint8 shards."""
+    if labels is not None and np.max(labels, initial=0) > 255:
+        raise DataError(
+            f"{folder}: labels up to {np.max(labels)}, but shards hold at most 256 classes: keep fewer with classes="
+        )
     os.makedirs(folder, exist_ok=True)
     for i, start in enumerate(range(0, len(images), shard_size)):
         if labels is not None:
@@ -58,7 +62,7 @@ def write_shards(folder, images, labels, class_names, shard_size=10000):
 
 
 def has_shards(folder):
-    return bool(glob.glob(f"{folder}/images_*.npy"))
+    return bool(glob.glob(f"{glob.escape(folder)}/images_*.npy"))
 
 
 def read_shards(folder):
@@ -67,7 +71,7 @@ def read_shards(folder):
     Raises DataError, naming the file, for one that is truncated, missing, of another shape, or badly labelled.
     """
     images, labels = [], []
-    for path in sorted(glob.glob(f"{folder}/images_*.npy")):
+    for path in sorted(glob.glob(f"{glob.escape(folder)}/images_*.npy")):
         try:
             pictures = np.load(path, mmap_mode="r")
         except (ValueError, OSError, EOFError) as e:
@@ -81,7 +85,7 @@ def read_shards(folder):
                 f"{path}: {pictures.dtype} {pictures.shape}, wanted uint8 (N, H, W, C), alike in all shards"
             )
         images.append(pictures)
-        beside = path.replace("images_", "labels_")
+        beside = os.path.join(folder, os.path.basename(path).replace("images_", "labels_"))
         if os.path.exists(beside):
             try:
                 labels.append(np.load(beside).astype(np.int64))
@@ -246,7 +250,9 @@ def load(dataset, split="train", data_dir="data", image_size=0, classes=""):
         split_folder = source
         if not has_shards(source):
             size = image_size or 64
-            listing = sorted((str(p), os.stat(p).st_mtime_ns) for p in glob.glob(f"{source}/**", recursive=True))
+            listing = sorted(
+                (str(p), os.stat(p).st_mtime_ns) for p in glob.glob(f"{glob.escape(source)}/**", recursive=True)
+            )
             key = hashlib.sha256(repr((os.path.abspath(source), size, listing)).encode()).hexdigest()[:12]
             split_folder = f"{data_dir}/{os.path.basename(os.path.abspath(source))}-{size}-{key}"
             if not has_shards(split_folder):
@@ -260,11 +266,14 @@ def load(dataset, split="train", data_dir="data", image_size=0, classes=""):
 def keep(folder, images, labels, names):
     """Writes shards beside their place and moves them there when they are whole; what others wrote meanwhile stays."""
     partial = f"{folder}.{os.getpid()}"
-    write_shards(partial, images, labels, names, shard_size=max(1, len(images)))
     try:
+        write_shards(partial, images, labels, names, shard_size=max(1, len(images)))
         os.replace(partial, folder)
-    except OSError:
-        shutil.rmtree(partial)
+    except OSError as e:
+        if not has_shards(folder):
+            raise DataError(f"cannot keep {folder}: {e}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def class_ids(classes, names):
@@ -321,10 +330,10 @@ class Batches:
 
     def __call__(self, step, rows=slice(None)):
         """The given rows of batch `step`: x0 (b, C, H, W) float32 in [-1, 1] and y (b,) int64 or None."""
-        index = self.indices(step)[rows].to(self.device, non_blocking=True)
+        index = self.indices(step)[rows].to(self.device)
         x0 = to_float(self.images[index])
         coins = torch.rand((4, self.batch_size), generator=make_generator(self.seed, 2**31 + step))[:, rows]
-        flip, scale, dx, dy = coins.to(self.device, non_blocking=True)
+        flip, scale, dx, dy = coins.to(self.device)
         sign = torch.where(flip < 0.5, -1.0, 1.0) if self.hflip else torch.ones_like(flip)
         if self.crop < 1:
             scale = self.crop + (1 - self.crop) * scale
@@ -332,7 +341,8 @@ class Batches:
             zeros = torch.zeros_like(scale)
             theta = torch.stack([scale * sign, zeros, shift(dx), zeros, scale, shift(dy)], dim=1).reshape(-1, 2, 3)
             grid = F.affine_grid(theta, x0.shape, align_corners=False)
-            x0 = F.grid_sample(x0, grid, padding_mode="border", align_corners=False)
+            edge = 1 - 1 / x0.shape[-1]  # the border is repeated outside (in a way that every device can)
+            x0 = F.grid_sample(x0, grid.clamp(-edge, edge), align_corners=False)
         else:
             x0 = torch.where(sign[:, None, None, None] < 0, x0.flip(-1), x0)
         return x0, None if self.labels is None else self.labels[index]

@@ -96,13 +96,12 @@ class DDPMConfig:
 # noise schedules, in float64
 
 
-def make_betas(schedule, T, beta_start=1e-4, beta_end=0.02):
+def make_betas(schedule, T, beta_start, beta_end):
     """Returns beta_t, t = 0..T-1, of one of the four schedules, (T,) float64 on the CPU.
 
     linear is [1]'s; quadratic is linear in sqrt(beta); sigmoid follows a logistic curve over -6..6; cosine is [2] eq.
     17 with s=0.008 and betas clipped at 0.999 (it does not use beta_start and beta_end).
-    Raises DDPMError unless every 0 < beta < 1. Warns when sqrt(alpha_bar_T) > 0.1: sampling starts from N(0, I), which
-    the noised data then are not.
+    Raises DDPMError unless every 0 < beta < 1.
     """
     one_of("schedule", schedule, SCHEDULES)
     if schedule == "linear":
@@ -242,7 +241,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the positions of a feature map, heads of 64 channels; a fresh one returns its input."""
+    """Self-attention over a feature map's positions: heads of 64 channels, or one; a fresh one returns its input."""
 
     def __init__(self, ch):
         super().__init__()
@@ -387,6 +386,7 @@ class DDPM(nn.Module):
         posterior_c0, posterior_ct, posterior_var = posterior_coefficients(alphas_bar, alphas_bar_prev)
         loss_weight = loss_weights(config.weighting, config.objective, betas, alphas_bar)
         tables = dict(betas=betas, alphas_bar=alphas_bar, alphas_bar_prev=alphas_bar_prev, loss_weight=loss_weight)
+        tables["q_var"] = 1 - alphas_bar  # of q(xt | x0); in float32 the difference would lose digits at small t
         tables |= dict(posterior_c0=posterior_c0, posterior_ct=posterior_ct, posterior_var=posterior_var)
         for name, table in tables.items():
             self.register_buffer(name, table.to(torch.get_default_dtype()), persistent=False)
@@ -399,7 +399,7 @@ class DDPM(nn.Module):
     def q_mean_variance(self, x0, t):
         """Mean (B, C, H, W) and variance (B, 1, 1, 1) of q(xt | x0) ([1] eq. 4)."""
         abar = self.at(self.alphas_bar, t)
-        return abar.sqrt() * x0, 1 - abar
+        return abar.sqrt() * x0, self.at(self.q_var, t)
 
     def q_sample(self, x0, t, eps):
         """xt ~ q(xt | x0) made with the given noise ([1] eq. 4)."""
@@ -414,7 +414,7 @@ class DDPM(nn.Module):
     def predict_x0_eps(self, out, xt, t):
         """The network's output (B, C, H, W) as (x0_hat, eps_hat), whatever its objective ([1] eq. 15, [5] app. D)."""
         abar = self.at(self.alphas_bar, t)
-        a, s = abar.sqrt(), (1 - abar).sqrt()
+        a, s = abar.sqrt(), self.at(self.q_var, t).sqrt()
         if self.config.objective == "eps":
             return (xt - s * out) / a, out
         if self.config.objective == "v":
@@ -425,7 +425,7 @@ class DDPM(nn.Module):
         """What the network should put out: eps, x0, or v = sqrt(abar) eps - sqrt(1 - abar) x0 ([5])."""
         if self.config.objective == "v":
             abar = self.at(self.alphas_bar, t)
-            return abar.sqrt() * eps - (1 - abar).sqrt() * x0
+            return abar.sqrt() * eps - self.at(self.q_var, t).sqrt() * x0
         return eps if self.config.objective == "eps" else x0
 
     def network(self, xt, t, y):
@@ -482,7 +482,7 @@ class DDPM(nn.Module):
         if clip_x0:
             abar = self.at(self.alphas_bar, t)
             x0_hat = x0_hat.clamp(-1, 1)
-            eps_hat = (xt - abar.sqrt() * x0_hat) / (1 - abar).sqrt()
+            eps_hat = (xt - abar.sqrt() * x0_hat) / self.at(self.q_var, t).sqrt()
         return x0_hat, eps_hat
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -528,7 +528,9 @@ class DDPM(nn.Module):
                             "labels were given, but this model is unconditional")  # fmt: skip
         if eta and sampler != "ddim":
             raise DDPMError(f"eta={eta:g} belongs to ddim, but the sampler is {sampler}")
-        if w != 0 and y is not None and self.config.p_uncond == 0:
+        if w != 0 and not self.K:
+            raise DDPMError(f"w={w:g}: this model is unconditional, there is nothing to guide")
+        if self.K and self.config.p_uncond == 0 and (y is None or w != 0):
             raise DDPMError(f"w={w:g} needs a model with a null label, but this one was trained at p_uncond=0: use w=0")
         device = self.betas.device
         indices = range(len(y)) if indices is None else indices
@@ -631,6 +633,10 @@ def load_checkpoint(path, device="cpu"):
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         checkpoint["model_args"], checkpoint["ema"]["shadow"]
         return checkpoint
+    except PermissionError:
+        raise DDPMError(f"checkpoint {path} may not be read: permission denied") from None
+    except torch.OutOfMemoryError:
+        raise
     except Exception as e:
         previous = f"{path}.prev"
         hint = "there is no previous one"
@@ -655,9 +661,9 @@ def model_from_checkpoint(checkpoint, ema=True, device="cpu"):
 
 
 def find_checkpoint(out_dir, pretrained):
-    """The path of out_dir's checkpoint, or, where it has none, of the .pt file in the folder of pretrained weights."""
+    """The path of out_dir's checkpoint, or, where a folder named `out` has none, that of the pretrained weights."""
     path = os.path.join(out_dir, "ckpt.pt")
-    if os.path.exists(path) or not os.path.isdir(pretrained) or os.path.basename(out_dir) != "out":
+    if os.path.exists(path) or not os.path.isdir(pretrained) or os.path.basename(os.path.normpath(out_dir)) != "out":
         return path
     return next((os.path.join(pretrained, n) for n in sorted(os.listdir(pretrained)) if n.endswith(".pt")), path)
 
@@ -680,7 +686,8 @@ def choose_device(device="auto", dtype="auto", use_compile="auto"):
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     kind = device.split(":")[0]
     one_of("device", kind, ("auto", "cuda", "mps", "cpu"))
-    if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not mps):
+    index = int(device.partition(":")[2] or 0)
+    if (kind == "cuda" and index >= torch.cuda.device_count()) or (kind == "mps" and not mps):
         raise DDPMError(f"device: {device!r} was asked for, but there is none here: use --device=cpu or auto")
     one_of("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
     one_of("use_compile", str(use_compile), ("auto", "True", "False"))

@@ -33,7 +33,7 @@ gif = False  # write denoising.gif
 sweep = ""  # key=value,value,…: a row per value
 device = "auto"  # cuda, mps, cpu
 dtype = "auto"  # float32, bfloat16, float16
-use_compile = False  # pays on a GPU for many pictures
+use_compile = "False"  # True pays on a GPU for many pictures
 # ---------------------------------------------------------------------------------------------------------------------
 config, given = configure(globals(), w=float, guidance_scale=float)
 SWEEPABLE = ("w", "guidance_scale", "sampler", "steps", "eta", "variance", "clip_x0", "ema", "seed")

@@ -309,7 +309,7 @@ def test_14_tables_against_plain_python(schedule):
         var = beta * (1 - previous) / (1 - abar)
         c0, ct = previous**0.5 * beta / (1 - abar), (1 - beta) ** 0.5 * (1 - previous) / (1 - abar)
         wanted = dict(betas=beta, alphas_bar=abar, alphas_bar_prev=previous, posterior_var=var)
-        wanted |= dict(posterior_c0=c0, posterior_ct=ct)
+        wanted |= dict(posterior_c0=c0, posterior_ct=ct, q_var=1 - abar)
         for name, value in wanted.items():
             assert getattr(model, name)[t].item() == pytest.approx(value, rel=1e-6, abs=1e-12), (name, t)
         assert model.abar[t] == pytest.approx(abar, rel=1e-9)
@@ -634,6 +634,11 @@ def test_shards_round_trip_and_their_faults(tmp_path):
     assert np.array_equal(got[1], np.where(labels[labels != 1] == 2, 0, 1))
     with pytest.raises(data.DataError, match="did you mean"):
         data.load(folder, classes="aa,b")
+    odd = str(tmp_path / "my_images_[1]")  # a name that looks like a file's or a pattern
+    data.write_shards(odd, images, labels, ["a", "b", "c"])
+    assert np.array_equal(data.load(odd)[1], labels)
+    with pytest.raises(data.DataError, match="at most 256 classes"):
+        data.write_shards(odd, images, labels + 300, [])
     np.save(f"{folder}/labels_00001.npy", np.full(10, 7, dtype=np.uint8))
     with pytest.raises(data.DataError, match="label 7"):
         data.load(folder)
@@ -886,7 +891,9 @@ def test_epochs_give_the_length(shards, tmp_path, capfd):
     flags = [f for f in tiny_flags(shards, str(tmp_path)) if not f.startswith("--max_iters")]
     status, text = cli(capfd, "train.py", *flags, "--epochs=1")
     assert status == 0 and "steps 0 to 7" in text  # 54 pictures in batches of 8
-    assert "not both" in one_line(cli(capfd, "train.py", *flags, "--epochs=1", "--max_iters=3"))
+    assert "steps 0 to 3" in cli(capfd, "train.py", *flags, "--epochs=1", "--max_iters=3")[1]  # the last one counts
+    assert "steps 0 to 7" in cli(capfd, "train.py", *flags, "--max_iters=3", "--epochs=1")[1]
+    assert "must be at least 1" in one_line(cli(capfd, "train.py", *flags, "--log_interval=0"))
 
 
 @pytest.mark.parametrize("name", sorted(n for n in os.listdir(f"{HERE}/config") if n.endswith(".py")))
@@ -989,6 +996,8 @@ def test_errors_of_training_are_one_line(shards, trained, tmp_path, capfd):
         assert "device: 'cuda' was asked for" in train(device="cuda")
     line = train(lr="1e18", min_lr="1e18", max_iters=60, eval_interval=2)
     assert "loss is" in line and "last good checkpoint" in line and "lower lr" in line
+    assert "must be in" in train(crop=0.0)
+    assert "unknown key 'HERE'" in one_line(cli(capfd, "sample.py", "--HERE=x"))
     resume = ["--init_from=resume", f"--out_dir={trained}"]
     assert "ch: checkpoint 8, flag 16" in one_line(cli(capfd, "train.py", *resume, "--ch=16"))
 

@@ -68,7 +68,7 @@ weighting = "simple"  # vlb, min_snr
 batch_size = 128  # pictures per step, over all ranks and micro-batches
 grad_accum = 1  # micro-batches per step
 max_iters = 200_000  # steps
-epochs = 0.0  # above 0: the length in epochs, in place of max_iters
+epochs = 0.0  # above 0: the length in epochs, in place of max_iters; the one given last counts
 lr = 2e-4  # after warm-up; falls to min_lr along a cosine
 min_lr = 2e-5
 warmup_iters = 1000
@@ -89,7 +89,7 @@ def settle(config, given, checkpoint):
     model_keys = set(checkpoint["model_args"])
     for key, value in checkpoint["config"].items():
         value = tuple(value) if isinstance(value, list) else value
-        if key in ("init_from", "out_dir", "device", "dtype", "use_compile") or (key in given and given[key] == value):
+        if key in ("init_from", "out_dir", "device", "use_compile") or (key in given and given[key] == value):
             continue
         if key in given and key in model_keys | {"conditional", "dataset", "classes"}:
             raise ConfigError(f"{key}: checkpoint {value!r}, flag {given[key]!r}: resume with the checkpoint's value")
@@ -112,8 +112,13 @@ if init_from not in ("scratch", "resume"):
 if init_from == "resume":
     checkpoint = load_checkpoint(f"{out_dir}/ckpt.pt")
     globals().update(settle(config, given, checkpoint))
-if "epochs" in given and "max_iters" in given and epochs > 0:
-    raise ConfigError("give max_iters or epochs, not both")
+if [key for key in given if key in ("max_iters", "epochs")][-1:] == ["max_iters"]:
+    epochs = config["epochs"] = 0.0  # the one given last counts
+for key in ("batch_size", "grad_accum", "log_interval", "eval_interval"):
+    if config[key] < 1:
+        raise ConfigError(f"{key}: {config[key]} must be at least 1")
+if not (0 <= val_fraction < 1 and 0 < crop <= 1):
+    raise ConfigError(f"val_fraction={val_fraction} must be in [0, 1) and crop={crop} in (0, 1]")
 if batch_size % (world * grad_accum):
     raise ConfigError(f"batch_size: {batch_size} is not divisible by {world} ranks x grad_accum {grad_accum}")
 device, amp_dtype, use_compile = choose_device(device, dtype, use_compile)
@@ -127,15 +132,17 @@ if world > 1:
 for turn in range(2):
     if (rank == 0) == (turn == 0):
         images, labels, names = load(dataset, "train", data_dir, image_size, classes)
-        test_images, test_labels, _ = load(dataset, "test", data_dir, image_size, classes)
+        test_images, test_labels, test_names = load(dataset, "test", data_dir, image_size, classes)
     if world > 1:
         dist.barrier()
+if test_images is not None and (test_names != names or (test_labels is None) != (labels is None)):
+    raise DataError(f"the test split of {dataset} has other classes than its training split: {test_names}, {names}")
 if not conditional or labels is None:
     labels = test_labels = None
     names = names if len(names) == 1 else []  # a model of one class knows what it draws
 n_val = int(len(images) * val_fraction)
-if n_val >= len(images) or (n_val == 0 and val_fraction > 0):
-    raise DataError(f"val_fraction={val_fraction} of {len(images)} pictures leaves none for validation or for training")
+if n_val == 0 and val_fraction > 0:
+    raise DataError(f"val_fraction={val_fraction} of {len(images)} pictures leaves none for validation")
 n_train = len(images) - n_val  # the validation pictures are the last ones: the same for every seed
 batches = Batches(images[:n_train], None if labels is None else labels[:n_train], batch_size, seed, hflip, crop, device)
 max_iters = config["max_iters"] = math.ceil(epochs * n_train / batch_size) if epochs > 0 else max_iters
@@ -163,7 +170,9 @@ if checkpoint:
     model.load_state_dict(checkpoint["model"])
     ema.load_state_dict(checkpoint["ema"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
+    if checkpoint["scaler"]:
+        scaler.load_state_dict(checkpoint["scaler"])
+    optimizer.param_groups[0]["weight_decay"] = weight_decay
     train_sums = checkpoint["sums"].to(device)
     del checkpoint
 if use_compile:
@@ -249,7 +258,7 @@ if rank == 0:
 rows = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
 micro = batch_size // world // grad_accum
 log_sums = torch.zeros(4, 2, device=device)  # loss by quarter of t since the last log line
-first_step, log_time, log_step, last_saved, stopped = step, time.time(), step, "none", False
+first_step, log_time, log_step, last_saved, stopped = step, time.time(), step, f"step {step}" if step else "none", False
 model.train()
 while step < max_iters and not stopped:
     for group in optimizer.param_groups:
@@ -278,8 +287,11 @@ while step < max_iters and not stopped:
     ema.update()
     step += 1
 
+    if step == first_step + 1:
+        say(f"step {step:7d}  loss {losses.mean().item():.4f}  (first step: {time.time() - log_time:.1f} s)")
+        log_time, log_step = time.time(), step
     # Several processes agree on a stop at a log line, so that all of them leave at the same step.
-    due = step % log_interval == 0 or step % eval_interval == 0 or step in (first_step + 1, max_iters)
+    due = step % log_interval == 0 or step % eval_interval == 0 or step == max_iters
     stopped = bool(stopping) if world == 1 else stopped
     if due or stopped:
         if world > 1:
@@ -287,9 +299,10 @@ while step < max_iters and not stopped:
             dist.all_reduce(flag := torch.tensor(float(bool(stopping)), device=device))
             stopped = flag.item() > 0
         now, total = time.time(), log_sums[:, 0].sum().item() / log_sums[:, 1].sum().item()
-        if not math.isfinite(total):
+        if not math.isfinite(total) or not (scaler.is_enabled() or math.isfinite(norm.item())):
             raise ConfigError(
-                f"loss is {total} by step {step} at lr {lr_at(step - 1):.3g} (last good checkpoint: {last_saved}): "
+                f"loss is {total:.3g}, grad norm {norm.item():.3g} by step {step} at lr {lr_at(step - 1):.3g} "
+                f"(last good checkpoint: {last_saved}): "
                 "lower lr, lengthen warmup_iters, or use --dtype=float32"
             )
         ms = (now - log_time) / max(1, step - log_step) * 1e3
