@@ -2,7 +2,7 @@
 #   python train.py config/cifar_small.py
 #   python sample.py --out_dir=out-cifar-small
 # Works at half resolution (patch=2), predicts v along the cosine schedule, 3.0M weights. 24,000 steps are about two
-# hours at the 110 pictures/s measured on two Zen 4 cores; a whole run of that length is not measured yet. The weights in
+# hours at the 110 pictures/s measured on two Zen 4 cores; a run of that length is not measured yet. The weights in
 # weights/ are from 7,000 steps (see README.md).
 import torch
 
