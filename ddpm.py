@@ -671,7 +671,7 @@ def find_checkpoint(out_dir, pretrained):
 def export_weights(path, checkpoint):
     """Writes what sampling needs of a checkpoint, the averaged weights as float16: a few MB to hand on."""
     shadow = {name: p.half() for name, p in checkpoint["ema"]["shadow"].items()}
-    kept = {key: checkpoint[key] for key in ("model_args", "step", "config")}
+    kept = {key: checkpoint[key] for key in ("model_args", "step")}
     save_checkpoint(path, kept | {"ema": {"updates": checkpoint["ema"]["updates"], "shadow": shadow}})
 
 
