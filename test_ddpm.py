@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import configurator
 import data
 import ddpm
 from ddpm import DDPM, EMA, DDPMConfig, DDPMError, make_betas, posterior_coefficients, to_float, to_uint8
@@ -938,6 +939,14 @@ def test_help_lists_every_key_with_its_comment(script, capfd):
     for key in ("out_dir=", "seed=", "device='auto'"):
         assert key in text
     assert "cuda, mps, cpu" in text
+
+
+def test_running_out_of_memory_is_one_line_and_a_bug_keeps_its_traceback(capfd):
+    with pytest.raises(SystemExit) as caught:
+        configurator.report(torch.OutOfMemoryError, torch.OutOfMemoryError("CUDA out of memory"), None)
+    assert caught.value.code == 2 and "lower batch_size" in capfd.readouterr().err
+    configurator.report(ValueError, ValueError("a bug"), None)
+    assert "ValueError: a bug" in capfd.readouterr().err
 
 
 def test_30_settings_are_checked(shards, trained, tmp_path, capfd):
