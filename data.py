@@ -46,6 +46,14 @@ def save_array(path, array):
     os.replace(f"{path}.tmp", path)
 
 
+def load_array(path, **how):
+    """np.load; raises DataError, naming the file, for one that is truncated or no .npy file."""
+    try:
+        return np.load(path, **how)
+    except (ValueError, OSError, EOFError) as e:
+        raise DataError(f"{path} is damaged or no .npy file ({e})") from None
+
+
 def write_shards(folder, images, labels, class_names, shard_size=10000):
     """Writes images (N, H, W, C) and labels (N,), or None for pictures without classes, as uint8 shards."""
     if labels is not None and np.max(labels, initial=0) > 255:
@@ -72,25 +80,16 @@ def read_shards(folder):
     """
     images, labels = [], []
     for path in sorted(glob.glob(f"{glob.escape(folder)}/images_*.npy")):
-        try:
-            pictures = np.load(path, mmap_mode="r")
-        except (ValueError, OSError, EOFError) as e:
-            raise DataError(f"{path} is damaged or no .npy file ({e})") from None
-        if (
-            pictures.dtype != np.uint8
-            or pictures.ndim != 4
-            or pictures.shape[1:] != (images or [pictures])[0].shape[1:]
-        ):
+        pictures = load_array(path, mmap_mode="r")
+        alike = pictures.shape[1:] == (images or [pictures])[0].shape[1:]
+        if pictures.dtype != np.uint8 or pictures.ndim != 4 or not alike:
             raise DataError(
                 f"{path}: {pictures.dtype} {pictures.shape}, wanted uint8 (N, H, W, C), alike in all shards"
             )
         images.append(pictures)
         beside = os.path.join(folder, os.path.basename(path).replace("images_", "labels_"))
         if os.path.exists(beside):
-            try:
-                labels.append(np.load(beside).astype(np.int64))
-            except (ValueError, OSError, EOFError) as e:
-                raise DataError(f"{beside} is damaged or no .npy file ({e})") from None
+            labels.append(load_array(beside).astype(np.int64))
             if labels[-1].shape != (len(pictures),):
                 raise DataError(f"{beside}: labels {labels[-1].shape} for {len(pictures)} pictures")
     if not images:
@@ -155,12 +154,11 @@ def draw_shapes(n, seed, size=32):
     return images, labels, names
 
 
-def fit(picture, size, channels=3):
-    """A PIL picture as uint8 (size, size, channels): shorter side resized, centre cropped."""
+def fit(picture, size):
+    """A PIL picture as uint8 (size, size, 3): shorter side resized, centre cropped."""
     from PIL import Image, ImageOps
 
-    picture = ImageOps.fit(picture.convert("L" if channels == 1 else "RGB"), (size, size), Image.LANCZOS)
-    return np.asarray(picture).reshape(size, size, channels)
+    return np.asarray(ImageOps.fit(picture.convert("RGB"), (size, size), Image.LANCZOS))
 
 
 def read_pictures(folder, size):
@@ -223,7 +221,6 @@ def load(dataset, split="train", data_dir="data", image_size=0, classes=""):
     where a data set has no such split.
     Raises DataError when the data cannot be found, downloaded or read, or a class is unknown.
     """
-    split_folder = None
     if dataset in TORCHVISION or dataset == "shapes":
         own = 32 if dataset == "shapes" else TORCHVISION[dataset][1]
         size = image_size or own

@@ -71,8 +71,9 @@ class DDPMConfig:
     p_uncond: float = 0.1  # probability that a training picture loses its label
 
     def __post_init__(self):
-        for name, choices in (("arch", ARCHS), ("schedule", SCHEDULES), ("objective", OBJECTIVES)):
-            one_of(name, getattr(self, name), choices)
+        one_of("arch", self.arch, ARCHS)
+        one_of("schedule", self.schedule, SCHEDULES)
+        one_of("objective", self.objective, OBJECTIVES)
         one_of("loss", self.loss, LOSSES)
         one_of("weighting", self.weighting, WEIGHTINGS)
         for name in ("ch_mult", "attn_resolutions", "class_names"):
@@ -396,15 +397,18 @@ class DDPM(nn.Module):
         """Entries t (B,) of a table, shaped (B, 1, 1, 1)."""
         return table[t][:, None, None, None]
 
+    def signal_noise(self, t):
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), (B, 1, 1, 1) each: xt is signal * x0 + noise * eps."""
+        return self.at(self.alphas_bar, t).sqrt(), self.at(self.q_var, t).sqrt()
+
     def q_mean_variance(self, x0, t):
         """Mean (B, C, H, W) and variance (B, 1, 1, 1) of q(xt | x0) ([1] eq. 4)."""
-        abar = self.at(self.alphas_bar, t)
-        return abar.sqrt() * x0, self.at(self.q_var, t)
+        return self.signal_noise(t)[0] * x0, self.at(self.q_var, t)
 
     def q_sample(self, x0, t, eps):
         """xt ~ q(xt | x0) made with the given noise ([1] eq. 4)."""
-        mean, var = self.q_mean_variance(x0, t)
-        return mean + var.sqrt() * eps
+        a, s = self.signal_noise(t)
+        return a * x0 + s * eps
 
     def posterior(self, x0, xt, t):
         """Mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | xt, x0) ([1] eq. 6-7); var is 0 at t=0."""
@@ -413,8 +417,7 @@ class DDPM(nn.Module):
 
     def predict_x0_eps(self, out, xt, t):
         """The network's output (B, C, H, W) as (x0_hat, eps_hat), whatever its objective ([1] eq. 15, [5] app. D)."""
-        abar = self.at(self.alphas_bar, t)
-        a, s = abar.sqrt(), self.at(self.q_var, t).sqrt()
+        a, s = self.signal_noise(t)
         if self.config.objective == "eps":
             return (xt - s * out) / a, out
         if self.config.objective == "v":
@@ -424,8 +427,8 @@ class DDPM(nn.Module):
     def target(self, x0, eps, t):
         """What the network should put out: eps, x0, or v = sqrt(abar) eps - sqrt(1 - abar) x0 ([5])."""
         if self.config.objective == "v":
-            abar = self.at(self.alphas_bar, t)
-            return abar.sqrt() * eps - self.at(self.q_var, t).sqrt() * x0
+            a, s = self.signal_noise(t)
+            return a * eps - s * x0
         return eps if self.config.objective == "eps" else x0
 
     def network(self, xt, t, y):
@@ -480,9 +483,9 @@ class DDPM(nn.Module):
         """(x0_hat, eps_hat) under guidance; a clipped x0_hat gets the eps_hat that belongs to it and to xt."""
         x0_hat, eps_hat = self.predict_x0_eps(self.guided(xt, t, y, w), xt, t)
         if clip_x0:
-            abar = self.at(self.alphas_bar, t)
+            a, s = self.signal_noise(t)
             x0_hat = x0_hat.clamp(-1, 1)
-            eps_hat = (xt - abar.sqrt() * x0_hat) / self.at(self.q_var, t).sqrt()
+            eps_hat = (xt - a * x0_hat) / s
         return x0_hat, eps_hat
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -71,8 +71,6 @@ def resolve(settings):
         w = scale - 1
     elif w is None:
         w = 1.8 if model.K and model.config.p_uncond > 0 else 0.0
-    if w and not model.K:
-        raise ConfigError(f"w={w:g}: this model is unconditional, there is nothing to guide")
     default_steps = {"dpm++": min(25, model.T), "ddim": min(50, model.T), "ddpm": model.T}.get(settings["sampler"])
     return settings | {"w": w, "steps": settings["steps"] or default_steps}
 
@@ -95,8 +93,8 @@ def draw(labels, settings, what, frames=None):
     return torch.cat(done)
 
 
-def save(picture, name):
-    picture.save(os.path.join(out_dir, name))
+def save(picture, name, **how):
+    picture.save(os.path.join(out_dir, name), **how)
     print(f"wrote {os.path.join(out_dir, name)}")
 
 
@@ -135,8 +133,5 @@ else:
     if gif:
         shown = sorted({*range(0, len(frames), max(1, len(frames) // 50)), max(frames)})
         sheets = [tile(torch.cat(frames[i]).numpy(), columns, titles) for i in shown]
-        sheets[0].save(
-            os.path.join(out_dir, "denoising.gif"), save_all=True, append_images=sheets[1:], loop=0,
-            duration=[80] * (len(sheets) - 1) + [2000],
-        )  # fmt: skip
-        print(f"wrote {os.path.join(out_dir, 'denoising.gif')}")
+        durations = [80] * (len(sheets) - 1) + [2000]  # ms
+        save(sheets[0], "denoising.gif", save_all=True, append_images=sheets[1:], loop=0, duration=durations)

@@ -88,7 +88,6 @@ def settle(config, given, checkpoint):
     """On resume, takes settings that were not given from the checkpoint, and refuses another model than it holds."""
     model_keys = set(checkpoint["model_args"])
     for key, value in checkpoint["config"].items():
-        value = tuple(value) if isinstance(value, list) else value
         if key in ("init_from", "out_dir", "device", "use_compile") or (key in given and given[key] == value):
             continue
         if key in given and key in model_keys | {"conditional", "dataset", "classes"}:
@@ -160,11 +159,9 @@ optimizer = torch.optim.AdamW(groups, lr=lr, fused=not device.startswith("mps"))
 scaler = torch.amp.GradScaler(device.split(":")[0], enabled=amp_dtype == torch.float16)
 ema = EMA(model, ema_decay)
 train_sums = torch.zeros(4, 2, device=device)  # loss by quarter of t since the last evaluation
-step, history = (
-    0,
-    {"step": [], "epochs": [], "train_loss": [], "val_loss": [], "train_quarters": [], "val_quarters": []},
-)
-history |= {"log_step": [], "log_loss": [], "lr": [], "grad_norm": [], "test_loss": None}
+evaluated = ("step", "epochs", "train_loss", "val_loss", "train_quarters", "val_quarters")
+logged = ("log_step", "log_loss", "lr", "grad_norm")
+step, history = 0, {key: [] for key in (*evaluated, *logged)} | {"test_loss": None}
 if checkpoint:
     step, history = checkpoint["step"], checkpoint["history"]
     model.load_state_dict(checkpoint["model"])
@@ -197,6 +194,11 @@ def lr_at(step):
     return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * progress))
 
 
+def mean(sums):
+    """(4, 2) sums and counts as the mean loss."""
+    return (sums[:, 0].sum() / sums[:, 1].sum()).item()
+
+
 def quarters(sums):
     """(4, 2) sums and counts as the four mean losses; a quarter without a draw is nan."""
     return [s / n if n else float("nan") for s, n in sums.tolist()]
@@ -217,7 +219,7 @@ def evaluate(images, labels, first=0):
             y = None if labels is None else torch.from_numpy(labels[first + start :][: len(x0)]).to(device)
             t, eps = (v.to(device) for v in model.draw(len(x0), generator))
             add_by_quarter(sums, model(x0, y, t, eps), t)
-    return (sums[:, 0].sum() / sums[:, 1].sum()).item(), quarters(sums)
+    return mean(sums), quarters(sums)
 
 
 def save(step):
@@ -264,9 +266,8 @@ while step < max_iters and not stopped:
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step)
     x0, y = batches(step, rows)
-    generator = make_generator(
-        seed, 2**30 + step, device
-    )  # all ranks draw the whole batch: one or many, it is the same
+    # Each rank draws for the whole batch and takes its rows, so that one process and many train on the same numbers.
+    generator = make_generator(seed, 2**30 + step, device)
     t, eps = (v[rows] for v in model.draw(batch_size, generator, device))
     if y is not None:
         dropped = model.drop_labels(torch.zeros(batch_size, dtype=y.dtype, device=device), generator)[rows]
@@ -291,14 +292,15 @@ while step < max_iters and not stopped:
         say(f"step {step:7d}  loss {losses.mean().item():.4f}  (first step: {time.time() - log_time:.1f} s)")
         log_time, log_step = time.time(), step
     # Several processes agree on a stop at a log line, so that all of them leave at the same step.
-    due = step % log_interval == 0 or step % eval_interval == 0 or step == max_iters
+    evaluates = step % eval_interval == 0 or step == max_iters
+    due = evaluates or step % log_interval == 0
     stopped = bool(stopping) if world == 1 else stopped
     if due or stopped:
         if world > 1:
             dist.all_reduce(log_sums)
             dist.all_reduce(flag := torch.tensor(float(bool(stopping)), device=device))
             stopped = flag.item() > 0
-        now, total = time.time(), log_sums[:, 0].sum().item() / log_sums[:, 1].sum().item()
+        now, total = time.time(), mean(log_sums)
         if not math.isfinite(total) or not (scaler.is_enabled() or math.isfinite(norm.item())):
             raise ConfigError(
                 f"loss is {total:.3g}, grad norm {norm.item():.3g} by step {step} at lr {lr_at(step - 1):.3g} "
@@ -310,21 +312,16 @@ while step < max_iters and not stopped:
             f"step {step:7d}  loss {total:.4f}  lr {lr_at(step - 1):.2e}  grad norm {norm.item():7.3f}  {ms:8.1f} ms  "
             f"{batch_size / ms * 1e3:8.1f} images/s  {(max_iters - step) * ms / 6e4:7.1f} min left"
         )
-        for key, value in (
-            ("log_step", step),
-            ("log_loss", total),
-            ("lr", lr_at(step - 1)),
-            ("grad_norm", norm.item()),
-        ):
+        for key, value in zip(logged, (step, total, lr_at(step - 1), norm.item())):
             history[key].append(value)
         train_sums += log_sums
         log_sums.zero_()
         log_time, log_step = now, step
-    if step % eval_interval == 0 or step == max_iters:
+    if evaluates:
         if rank == 0:
             history["step"].append(step)
             history["epochs"].append(step * batch_size / n_train)
-            history["train_loss"].append((train_sums[:, 0].sum() / train_sums[:, 1].sum()).item())
+            history["train_loss"].append(mean(train_sums))
             history["train_quarters"].append(quarters(train_sums))
             if n_val:
                 val_loss, val_quarters = evaluate(images[n_train:][:eval_pictures], labels, n_train)
@@ -337,7 +334,7 @@ while step < max_iters and not stopped:
                 say(f"step {step:7d}  test loss {history['test_loss']:.4f} on {len(test_images)} pictures")
         train_sums.zero_()
         log_time = time.time()
-    if rank == 0 and (step % eval_interval == 0 or step == max_iters or stopped):
+    if rank == 0 and (evaluates or stopped):
         save(step)
         last_saved = f"step {step}"
     if rank == 0 and sample_interval and (step % sample_interval == 0 or step == max_iters) and not stopped:
