@@ -58,7 +58,7 @@ def hint(key, known):
         if name.endswith(".py") and name != os.path.basename(sys.argv[0]):
             path = os.path.join(HERE, name)
             with open(path, encoding="utf-8") as f:
-                is_script = "\nconfig, given = configure(" in f.read()
+                is_script = "config, given = configure(globals()" in f.read()
             if is_script and key in [k for k, _, _ in assignments(path) if k.islower()]:
                 return f"it is a key of {name}"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -71,8 +71,8 @@ def convert(value, wanted):
         return float(value)
     if wanted is int and type(value) is float and value.is_integer():
         return int(value)
-    if wanted is tuple and type(value) in (list, tuple, int):
-        return (value,) if type(value) is int else tuple(value)
+    if wanted is tuple and type(value) in (list, tuple, int, float):
+        return tuple(value) if type(value) in (list, tuple) else (value,)
     if type(value) is not wanted:
         raise TypeError
     return value

@@ -6,6 +6,7 @@ generated once is kept in that form and memory-mapped from then on.
 """
 
 import colorsys
+import contextlib
 import difflib
 import glob
 import hashlib
@@ -37,13 +38,41 @@ class DataError(ValueError):
 # shards
 
 
-def save_array(path, array):
-    """np.save, whole or not at all."""
+@contextlib.contextmanager
+def whole_file(path):
+    """A file to write in, which takes its place when it is whole, or not at all."""
     with open(f"{path}.tmp", "wb") as f:
-        np.save(f, array)
+        yield f
         f.flush()
         os.fsync(f.fileno())
     os.replace(f"{path}.tmp", path)
+
+
+def save_array(path, array):
+    """np.save, whole or not at all."""
+    with whole_file(path) as f:
+        np.save(f, array)
+
+
+def save_json(path, content):
+    """json.dump, whole or not at all."""
+    with whole_file(path) as f:
+        f.write(json.dumps(content, indent=1).encode())
+
+
+def read_json(path):
+    """json.load; raises DataError, naming the file, for one that is damaged."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except ValueError as e:
+        raise DataError(f"{path} is damaged or no JSON file ({e})") from None
+
+
+def file_hash(path):
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as f:
+        return hashlib.sha256(f.read()).hexdigest()
 
 
 def load_array(path, **how):
@@ -62,11 +91,32 @@ def write_shards(folder, images, labels, class_names, shard_size=10000):
         )
     os.makedirs(folder, exist_ok=True)
     for i, start in enumerate(range(0, len(images), shard_size)):
-        if labels is not None:
-            save_array(f"{folder}/labels_{i:05d}.npy", np.asarray(labels[start : start + shard_size], dtype=np.uint8))
-        save_array(f"{folder}/images_{i:05d}.npy", np.asarray(images[start : start + shard_size], dtype=np.uint8))
-    with open(f"{folder}/classes.json", "w", encoding="utf-8") as f:
-        json.dump(list(class_names), f)
+        part = slice(start, start + shard_size)
+        write_shard(folder, i, images[part], None if labels is None else labels[part])
+    save_json(f"{folder}/classes.json", list(class_names))
+
+
+def write_shard(folder, i, images, labels):
+    """Writes shard i, the labels first: where there are pictures, their labels are there."""
+    if labels is not None:
+        save_array(f"{folder}/labels_{i:05d}.npy", np.asarray(labels, dtype=np.uint8))
+    save_array(f"{folder}/images_{i:05d}.npy", np.asarray(images, dtype=np.uint8))
+
+
+def check_manifest(folder):
+    """Raises DataError, naming the file, unless the shards are the ones that the folder's manifest.json lists."""
+    manifest = read_json(f"{folder}/manifest.json")
+    if not manifest["complete"]:
+        raise DataError(f"{folder} is not complete: run augment.py again with the same settings, it goes on")
+    for name, digest in manifest["shards"].items():
+        path = f"{folder}/{name}"
+        if not os.path.exists(path):
+            raise DataError(f"{path} is missing, but manifest.json lists it: run augment.py again to make it anew")
+        if file_hash(path) != digest:
+            raise DataError(f"{path} is not the file that manifest.json lists: truncated, changed or from elsewhere")
+    for path in glob.glob(f"{glob.escape(folder)}/*_?????.npy"):
+        if os.path.basename(path) not in manifest["shards"]:
+            raise DataError(f"{path} is not in manifest.json: it is from elsewhere")
 
 
 def has_shards(folder):
@@ -79,6 +129,8 @@ def read_shards(folder):
     Raises DataError, naming the file, for one that is truncated, missing, of another shape, or badly labelled.
     """
     images, labels = [], []
+    if os.path.exists(f"{folder}/manifest.json"):
+        check_manifest(folder)
     for path in sorted(glob.glob(f"{glob.escape(folder)}/images_*.npy")):
         pictures = load_array(path, mmap_mode="r")
         alike = pictures.shape[1:] == (images or [pictures])[0].shape[1:]
@@ -100,8 +152,7 @@ def read_shards(folder):
     class_names = next((p for p in (f"{folder}/classes.json", f"{folder}/../classes.json") if os.path.exists(p)), None)
     y = join(labels) if labels else None
     if class_names:
-        with open(class_names, encoding="utf-8") as f:
-            class_names = json.load(f)
+        class_names = read_json(class_names)
     else:
         class_names = [str(k) for k in range(int(y.max()) + 1)] if labels else []
     if y is not None and len(y) and y.max() >= len(class_names):
@@ -305,15 +356,15 @@ class Batches:
     """Training batches from uint8 pictures that stay on the device. Batch `step` is a pure function of (seed, step).
 
     images (N, H, W, C) uint8; labels (N,) or None; batch_size counts the pictures of one step over all ranks. Each
-    epoch is a new order of all N. hflip mirrors half of them; crop < 1 takes a random square of at least that share of
-    the side and resizes it (random resized crop).
+    epoch is a new order of all N. hflip mirrors half of them; shift moves each by up to so many pixels along both
+    axes, repeating the border; crop < 1 takes a random square of at least that share of the side and resizes it.
     """
 
-    def __init__(self, images, labels, batch_size, seed, hflip=True, crop=1.0, device="cpu"):
+    def __init__(self, images, labels, batch_size, seed, hflip=True, crop=1.0, shift=0, device="cpu"):
         self.images = torch.tensor(np.asarray(images)).to(device)
         self.labels = None if labels is None else torch.from_numpy(labels).to(device)
-        self.batch_size, self.seed, self.hflip, self.crop, self.device = batch_size, seed, hflip, crop, device
-        self.epoch, self.order = None, None
+        self.batch_size, self.seed, self.hflip, self.crop = batch_size, seed, hflip, crop
+        self.shift, self.device, self.epoch, self.order = shift, device, None, None
 
     def indices(self, step):
         """The pictures of a step, (batch_size,), on the CPU."""
@@ -328,21 +379,31 @@ class Batches:
     def __call__(self, step, rows=slice(None)):
         """The given rows of batch `step`: x0 (b, C, H, W) float32 in [-1, 1] and y (b,) int64 or None."""
         index = self.indices(step)[rows].to(self.device)
-        x0 = to_float(self.images[index])
         coins = torch.rand((4, self.batch_size), generator=make_generator(self.seed, 2**31 + step))[:, rows]
         flip, scale, dx, dy = coins.to(self.device)
-        sign = torch.where(flip < 0.5, -1.0, 1.0) if self.hflip else torch.ones_like(flip)
+        x0 = to_float(self.moved(index, flip < 0.5, dx, dy))
         if self.crop < 1:
             scale = self.crop + (1 - self.crop) * scale
             shift = lambda u: (2 * u - 1) * (1 - scale)  # noqa: E731
             zeros = torch.zeros_like(scale)
-            theta = torch.stack([scale * sign, zeros, shift(dx), zeros, scale, shift(dy)], dim=1).reshape(-1, 2, 3)
+            theta = torch.stack([scale, zeros, shift(dx), zeros, scale, shift(dy)], dim=1).reshape(-1, 2, 3)
             grid = F.affine_grid(theta, x0.shape, align_corners=False)
             edge = 1 - 1 / x0.shape[-1]  # the border is repeated outside (in a way that every device can)
             x0 = F.grid_sample(x0, grid.clamp(-edge, edge), align_corners=False)
-        else:
-            x0 = torch.where(sign[:, None, None, None] < 0, x0.flip(-1), x0)
         return x0, None if self.labels is None else self.labels[index]
+
+    def moved(self, index, flip, dx, dy):
+        """The pictures `index`, mirrored where flip says so and shifted by dx, dy in [0, 1): (b, H, W, C) uint8."""
+        N, H, W, C = self.images.shape
+        if not (self.hflip or self.shift):
+            return self.images[index]
+        offset = lambda u: (u * (2 * self.shift + 1)).long()[:, None] - self.shift  # noqa: E731
+        rows = (torch.arange(H, device=index.device) + offset(dy)).clamp(0, H - 1)  # (b, H)
+        columns = (torch.arange(W, device=index.device) + offset(dx)).clamp(0, W - 1)  # (b, W)
+        if self.hflip:
+            columns = torch.where(flip[:, None], W - 1 - columns, columns)
+        places = (index * H)[:, None, None] + rows[:, :, None]
+        return self.images.view(N * H * W, C)[places * W + columns[:, None, :]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

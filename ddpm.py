@@ -569,7 +569,15 @@ class DDPM(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# exponential moving average of the weights
+# training: learning rate, exponential moving average of the weights
+
+
+def learning_rate(step, max_iters, lr, min_lr, warmup_iters):
+    """Linear warm-up to lr, which step warmup_iters has, then a cosine that reaches min_lr at the last step."""
+    if step < warmup_iters:
+        return lr * (step + 1) / (warmup_iters + 1)
+    done = (step - warmup_iters) / max(1, max_iters - 1 - warmup_iters)
+    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * done))
 
 
 class EMA:
@@ -663,6 +671,15 @@ def model_from_checkpoint(checkpoint, ema=True, device="cpu"):
     return model.to(device).eval()
 
 
+def guidance_weight(w, guidance_scale, default, model):
+    """The w that two settings ask for, None where they are not given; default 0 for a model that cannot be guided."""
+    if w is not None and guidance_scale is not None:
+        raise DDPMError("give w or guidance_scale (= 1 + w), not both")
+    if guidance_scale is not None:
+        return guidance_scale - 1
+    return w if w is not None else default if model.K and model.config.p_uncond > 0 else 0.0
+
+
 def find_checkpoint(out_dir, pretrained):
     """The path of out_dir's checkpoint, or, where a folder named `out` has none, that of the pretrained weights."""
     path = os.path.join(out_dir, "ckpt.pt")
@@ -671,10 +688,16 @@ def find_checkpoint(out_dir, pretrained):
     return next((os.path.join(pretrained, n) for n in sorted(os.listdir(pretrained)) if n.endswith(".pt")), path)
 
 
+def trained_on(checkpoint):
+    """Which pictures a checkpoint's model has seen: a dict of dataset, classes and val_fraction; {} if not known."""
+    known = checkpoint.get("trained_on") or checkpoint.get("config") or {}
+    return {key: known[key] for key in ("dataset", "classes", "val_fraction") if key in known}
+
+
 def export_weights(path, checkpoint):
     """Writes what sampling needs of a checkpoint, the averaged weights as float16: a few MB to hand on."""
     shadow = {name: p.half() for name, p in checkpoint["ema"]["shadow"].items()}
-    kept = {key: checkpoint[key] for key in ("model_args", "step")}
+    kept = {key: checkpoint[key] for key in ("model_args", "step")} | {"trained_on": trained_on(checkpoint)}
     save_checkpoint(path, kept | {"ema": {"updates": checkpoint["ema"]["updates"], "shadow": shadow}})
 
 
@@ -696,6 +719,9 @@ def choose_device(device="auto", dtype="auto", use_compile="auto"):
     one_of("use_compile", str(use_compile), ("auto", "True", "False"))
     if dtype == "auto":
         dtype = "float32" if kind != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
     if kind == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True

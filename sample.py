@@ -13,7 +13,15 @@ import torch
 
 from configurator import HERE, ConfigError, configure, parse, progress
 from data import class_ids, tile
-from ddpm import PictureNoise, choose_device, find_checkpoint, load_checkpoint, model_from_checkpoint, to_uint8
+from ddpm import (
+    PictureNoise,
+    choose_device,
+    find_checkpoint,
+    guidance_weight,
+    load_checkpoint,
+    model_from_checkpoint,
+    to_uint8,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = "out"  # the checkpoint is here, and the pictures go here
@@ -38,8 +46,6 @@ use_compile = "False"  # True pays on a GPU for many pictures
 config, given = configure(globals(), w=float, guidance_scale=float)
 SWEEPABLE = ("w", "guidance_scale", "sampler", "steps", "eta", "variance", "clip_x0", "ema", "seed")
 
-if w is not None and guidance_scale is not None:
-    raise ConfigError("give w or guidance_scale (= 1 + w), not both")
 if num_samples < 0 or batch_size < 1:
     raise ConfigError(f"num_samples={num_samples} and batch_size={batch_size} must be positive")
 device, amp_dtype, use_compile = choose_device(device, dtype, use_compile)
@@ -66,11 +72,8 @@ def model_with(ema):
 
 def resolve(settings):
     """Settings with w and steps made definite, for the model at hand."""
-    model, w, scale = model_with(settings["ema"]), settings["w"], settings["guidance_scale"]
-    if scale is not None:
-        w = scale - 1
-    elif w is None:
-        w = 1.8 if model.K and model.config.p_uncond > 0 else 0.0
+    model = model_with(settings["ema"])
+    w = guidance_weight(settings["w"], settings["guidance_scale"], 1.8, model)
     default_steps = {"dpm++": min(25, model.T), "ddim": min(50, model.T), "ddpm": model.T}.get(settings["sampler"])
     return settings | {"w": w, "steps": settings["steps"] or default_steps}
 

@@ -9,9 +9,11 @@ import http.server
 import json
 import math
 import os
+import pathlib
 import pickle
 import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import classifier
 import configurator
 import data
 import ddpm
@@ -620,6 +623,203 @@ def test_pictures_do_not_depend_on_batch_size_or_order():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the classifier from scratch
+
+
+def finite_difference(f, x, h=1e-6):
+    """df/dx by central differences, for a float64 tensor that f reads in place."""
+    d, flat = torch.zeros_like(x), x.view(-1)
+    for i in range(flat.numel()):
+        old, values = flat[i].item(), []
+        for sign in (1, -1):
+            flat[i] = old + sign * h
+            values.append(f().item())
+        flat[i], d.view(-1)[i] = old, (values[0] - values[1]) / (2 * h)
+    return d
+
+
+@pytest.mark.parametrize("B,sizes", ((1, (3, 2)), (4, (5, 7, 3)), (7, (6, 4, 9, 2)), (2, (4, 1, 5))))
+def test_31_gradients_equal_autograd_and_finite_differences(double, B, sizes):
+    model, loss = (
+        classifier.MLP(sizes, param_dtype=torch.float64, dtype=torch.float64),
+        classifier.SoftmaxCrossEntropy(),
+    )
+    model.params.normal_(generator=torch.Generator().manual_seed(1))
+    x = torch.randn(B, sizes[0])
+    y = torch.arange(B) % sizes[-1]
+    y[-1] = sizes[-1] - 1  # labels at both ends
+    value = loss.forward(model.forward(x, training=True), y)
+    model.backward(loss.backward())
+    mine = model.grads.clone()
+    weights = model.params.clone().requires_grad_()
+    pairs, at, h = list(zip(sizes, sizes[1:])), 0, x
+    bias_at = model.n_decayed
+    for i, (a, b) in enumerate(pairs):
+        h = h @ weights[at : at + a * b].view(a, b) + weights[bias_at : bias_at + b]
+        h, at, bias_at = F.relu(h) if i < len(pairs) - 1 else h, at + a * b, bias_at + b
+    expected = F.cross_entropy(h, y)
+    expected.backward()
+    assert torch.allclose(value, expected.detach(), rtol=1e-12, atol=1e-12)
+    assert torch.allclose(mine, weights.grad, rtol=1e-10, atol=1e-10)
+    numeric = finite_difference(lambda: loss.forward(model.forward(x), y), model.params)
+    assert torch.allclose(mine, numeric, rtol=1e-5, atol=1e-7)
+
+
+def test_31_every_layer_returns_the_gradient_of_its_input(double):
+    W, b, x = torch.randn(5, 3), torch.randn(3), torch.randn(4, 5)
+    layers = [
+        (classifier.Linear(W, b, torch.zeros(5, 3), torch.zeros(3), torch.float64), lambda x: x @ W + b),
+        (classifier.ReLU(), F.relu),
+        (classifier.Dropout(0.5, torch.Generator().manual_seed(0)), lambda x: x * layers[2][0].mask),
+    ]
+    for layer, function in layers:
+        y = layer.forward(x, training=True)
+        leaf = x.clone().requires_grad_()
+        expected, dy = function(leaf), torch.randn(y.shape)
+        expected.backward(dy)
+        assert torch.allclose(y, expected.detach(), atol=1e-12)
+        assert torch.allclose(layer.backward(dy), leaf.grad, atol=1e-12), layer
+
+
+@pytest.mark.parametrize("scale", (0.0, 1.0, 1e4))
+def test_31_softmax_cross_entropy_of_extreme_logits(double, scale):
+    loss, signs = classifier.SoftmaxCrossEntropy(), torch.tensor([[1.0, -1, 0], [-1, 1, 0.5], [0, 0, 0]])
+    for y in (torch.tensor([0, 2, 1]), torch.tensor([1, 0, 2]), torch.tensor([2, 2, 0])):
+        logits = (scale * signs).requires_grad_()
+        F.cross_entropy(logits, y).backward()
+        value = loss.forward(logits.detach(), y)
+        assert value.isfinite() and torch.allclose(value, F.cross_entropy(logits, y).detach(), rtol=1e-12)
+        assert torch.allclose(loss.backward(), logits.grad, atol=1e-10)
+    one = torch.tensor([[1e4, -1e4], [-1e4, 1e4]])
+    assert loss.forward(one, torch.tensor([0, 1])) == 0 and not loss.backward().any()  # a perfect prediction
+
+
+def test_dropout_of_the_classifier():
+    layer, x = classifier.Dropout(0.2, torch.Generator().manual_seed(0)), torch.ones(400, 257)
+    assert layer.forward(x) is x and layer.backward(x) is x  # nothing outside training
+    y = layer.forward(x, training=True)
+    share = (y == 0).float().mean().item()
+    assert abs(share - 51 / 256) < 4 * math.sqrt(0.2 * 0.8 / x.numel()) and abs(y.mean().item() - 1) < 0.01
+    assert not torch.equal(y, layer.forward(x, training=True))
+    rows = (y == 0).float().mean(1)
+    assert rows.min() > 0.05 and rows.max() < 0.4  # a coin for each value
+
+
+@pytest.mark.parametrize("kind", ("sgd", "adamw"))
+def test_optimisers_equal_torchs(double, kind):
+    model = classifier.MLP((3, 4, 2), param_dtype=torch.float64, dtype=torch.float64)
+    mine = classifier.OPTIMIZERS[kind](model, weight_decay=0.1)
+    theirs = [p.clone().requires_grad_() for p in (model.params[:20], model.params[20:])]  # matrices, biases
+    if kind == "sgd":
+        optimizer = torch.optim.SGD(theirs, lr=0.01, momentum=0.9)
+    else:
+        groups = [{"params": theirs[:1], "weight_decay": 0.1}, {"params": theirs[1:], "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=0.01)
+    for k in range(5):
+        model.grads.copy_(torch.sin(torch.arange(26.0) + k))
+        for p, g in zip(theirs, model.grads.split([20, 6])):
+            p.grad = g.clone()
+        if kind == "sgd":  # torch's SGD couples its decay with the momentum; ours is AdamW's
+            theirs[0].data.mul_(1 - 0.01 * 0.1)
+        optimizer.step()
+        mine.step(0.01)
+    assert torch.allclose(model.params, torch.cat([p.detach() for p in theirs]), rtol=1e-10, atol=1e-12)
+
+
+def classifier_settings(**changes):
+    settings = dict(hidden=(32,), gray=False, dropout=0.2, hflip=True, shift=1, optimizer="adamw", batch_size=20)
+    settings |= dict(max_iters=30, lr=3e-3, min_lr=0.0, warmup_iters=3, weight_decay=0.01, eval_interval=10)
+    return settings | dict(device="cpu", dtype=torch.float32) | changes
+
+
+def test_the_classifier_trains_with_autograd_off(monkeypatch):
+    images, labels, _ = data.draw_shapes(300, seed=0)
+    labels, seen = labels.astype(np.int64), []
+    forward = classifier.Linear.forward
+    monkeypatch.setattr(classifier.Linear, "forward", lambda *a: seen.append(torch.is_grad_enabled()) or forward(*a))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *a, **k: pytest.fail("autograd was used"))
+    with torch.enable_grad():
+        model, _ = classifier.train(images, labels, images, labels, 10, 0, classifier_settings())
+    assert seen and not any(seen)
+    assert not model.params.requires_grad and model.params.grad_fn is None
+
+
+def test_the_classifier_learns_and_returns_its_best_update():
+    rng, labels = np.random.default_rng(0), np.arange(1500) % 3
+    images = rng.integers(0, 200, (1500, 8, 8, 3)) + 12 * labels[:, None, None, None]  # brighter by class
+    images = images.astype(np.uint8)
+    val = images[1000:], labels[1000:]
+    settings = classifier_settings(max_iters=200, batch_size=50, eval_interval=50)
+    train = lambda seed=0, **more: classifier.train(images[:1000], labels[:1000], *val, 3, seed, settings | more)  # noqa: E731
+    model, best = train()
+    accuracy = (classifier.predict(model, val[0], False, "cpu").numpy() == val[1]).mean()
+    assert accuracy == pytest.approx(best["val"], abs=1e-6) and accuracy > 0.6
+    assert torch.equal(train()[0].params, model.params)  # a function of the seed
+    assert not torch.equal(train(seed=1)[0].params, model.params)
+    assert train(gray=True)[0].layers[0].W.shape[0] == 64
+    for more in ({"gray": True}, {"dtype": torch.bfloat16}, {"optimizer": "sgd", "lr": 0.01}, {"hidden": ()}):
+        assert train(**more)[1]["val"] > 0.5, more
+
+
+def test_32_arms_are_fair(monkeypatch):
+    """Equal updates and initial weights, the choice on validation pictures, the test pictures after it, once."""
+    images = np.arange(60, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2)
+    real = images[:30], np.arange(30) % 3
+    synthetic = images[30:], np.arange(30) % 3
+    sizes = {}
+    for arm in classifier.ARMS:
+        x, y = classifier.arm_pictures(arm, real, synthetic, 0, 0, seed=0)
+        sizes[arm] = len(x)
+        assert np.array_equal(x[:, 0, 0, 0] % 3, y)  # pictures keep their labels
+        assert (x[:, 0, 0, 0] >= 30).any() == ("synthetic" in arm) and (x[:, 0, 0, 0] < 30).any() == ("real" in arm)
+    assert sizes == {"real": 30, "synthetic": 30, "real+synthetic": 60, "real+real": 60}
+    x, y = classifier.arm_pictures("real+synthetic", real, synthetic, 9, 6, seed=1)
+    assert np.bincount(y[:9]).tolist() == [3, 3, 3] and np.bincount(y[9:]).tolist() == [2, 2, 2]
+    assert len(set(x[:, 0, 0, 0])) == 15
+    starts, updates = [], []
+    mlp, step = classifier.MLP, classifier.AdamW.step
+    monkeypatch.setattr(classifier, "MLP", lambda *a: starts.append(mlp(*a)) or starts[-1])
+    monkeypatch.setattr(classifier.AdamW, "step", lambda self, lr: updates.append(lr) or step(self, lr))
+    monkeypatch.setattr(classifier.AdamW, "__init__", keep_start(classifier.AdamW.__init__, kept := []))
+    for arm in classifier.ARMS:
+        pictures = classifier.arm_pictures(arm, real, synthetic, 0, 0, seed=0)
+        classifier.train(*pictures, *real, 3, 0, classifier_settings())
+    assert all(torch.equal(kept[0], k) for k in kept) and len(kept) == 4
+    assert len(updates) == 4 * 30 and updates[:30] == updates[30:60]
+
+
+def keep_start(init, kept):
+    def wrapped(self, model, *args):
+        kept.append(model.params.clone())
+        init(self, model, *args)
+
+    return wrapped
+
+
+def test_statistics_against_published_tables():
+    for df, t in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)):
+        assert classifier.t_quantile(df) == pytest.approx(t, abs=6e-4)
+    mean, error, half = classifier.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (mean, error) == (3, pytest.approx(math.sqrt(0.5))) and half == pytest.approx(2.776 * error, rel=1e-3)
+    assert math.isnan(classifier.interval([1.0])[1])
+
+
+def test_the_verdict_says_what_the_numbers_say():
+    def runs(*tests):
+        return [{"test": t, "confusion": [[round(100 * t), 100 - round(100 * t)], [0, 100]]} for t in tests]
+
+    base = runs(0.50, 0.51, 0.52)
+    text = classifier.verdict({"real": base, "real+synthetic": runs(0.60, 0.61, 0.63)}, ["cat", "dog"])
+    assert "+10.33 points" in text and "helped" in text and "up (interval of their own without zero): cat +10.3" in text
+    text = classifier.verdict({"real": base, "real+synthetic": runs(0.40, 0.41, 0.43)}, ["cat", "dog"])
+    assert "-9.67 points" in text and "hurt" in text and "down (interval of their own without zero): cat -9.7" in text
+    text = classifier.verdict({"real": base, "real+synthetic": runs(0.40, 0.61, 0.53)}, ["cat", "dog"])
+    assert "includes zero" in text and "helped" not in text and "hurt" not in text
+    text = classifier.verdict({"real": base[:1], "real+synthetic": runs(0.60)}, ["cat", "dog"])
+    assert "one seed cannot tell" in text and "interval [" not in text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # data
 
 
@@ -932,7 +1132,7 @@ def help_lines(capfd, script):
     return [line.split("  ")[0] for line in lines if "=" in line]
 
 
-@pytest.mark.parametrize("script", ("train.py", "sample.py"))
+@pytest.mark.parametrize("script", ("train.py", "sample.py", "augment.py", "classifier.py"))
 def test_help_lists_every_key_with_its_comment(script, capfd):
     status, text = cli(capfd, script, "--help")
     assert status == 0 and "--key=value" in text
@@ -1105,6 +1305,204 @@ def test_bfloat16_autocast_covers_the_network_alone():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# synthetic sets
+
+
+def augment_flags(out_dir, folder, **changes):
+    settings = dict(out_dir=out_dir, synthetic_dir=folder, per_class=7, shard_size=6, batch_size=4, steps=3)
+    return [f"--{k}={v}" for k, v in (settings | {"device": "cpu"} | changes).items()]
+
+
+def contents(folder):
+    """The bytes of a folder's shards by file name."""
+    return {p.name: p.read_bytes() for p in sorted(pathlib.Path(folder).glob("*.npy"))}
+
+
+@pytest.fixture(scope="session")
+def synthetic(trained, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("synthetic") / "set")
+    subprocess.run([sys.executable, f"{HERE}/augment.py", *augment_flags(trained, folder)], check=True)
+    return folder
+
+
+def test_augment_writes_balanced_shards_and_says_how(trained, synthetic):
+    images, labels, names = data.load(synthetic)
+    assert images.shape == (21, 8, 8, 3) and images.dtype == np.uint8 and names == ["airplane", "automobile", "bird"]
+    assert np.bincount(labels).tolist() == [7, 7, 7] and labels[:6].tolist() == [0, 1, 2, 0, 1, 2]
+    assert len(contents(synthetic)) == 2 * 4 and len(np.unique(images, axis=0)) == 21
+    manifest = data.read_json(f"{synthetic}/manifest.json")
+    expected = dict(w=0.3, sampler="dpm++", steps=3, seed=0, per_class=7, step=6)
+    assert expected.items() <= manifest["settings"].items() and manifest["complete"] and manifest["seconds"] > 0
+    assert manifest["counts"] == {"airplane": 7, "automobile": 7, "bird": 7} and manifest["pictures"] == 21
+    assert manifest["trained_on"]["val_fraction"] == 0.1
+    model = ddpm.model_from_checkpoint(ddpm.load_checkpoint(f"{trained}/ckpt.pt"))
+    x = to_uint8(model.sample(torch.tensor([0, 1, 2]), 0.3, 0, [18, 19, 20], "dpm++", 3)).numpy()
+    assert np.abs(images[18:].astype(int) - x).max() <= 1  # picture k of the seed
+    from PIL import Image
+
+    assert Image.open(f"{synthetic}/preview.png").height == 3 * 18 + 2  # a row for each class
+
+
+def test_augment_goes_on_and_grows_to_the_same_bytes(trained, synthetic, tmp_path, capfd):
+    folder = str(tmp_path / "s")
+    assert cli(capfd, "augment.py", *augment_flags(trained, folder, per_class=3))[0] == 0
+    status, text = cli(capfd, "augment.py", *augment_flags(trained, folder))
+    assert status == 0 and "3 of 4 shards" in text  # the first was whole, the second was cut short
+    assert contents(folder) == contents(synthetic)
+    os.remove(f"{folder}/labels_00002.npy")
+    status, text = cli(capfd, "augment.py", *augment_flags(trained, folder))
+    assert status == 0 and "1 of 4 shards" in text and contents(folder) == contents(synthetic)
+    written = os.stat(f"{folder}/images_00000.npy").st_mtime_ns
+    status, text = cli(capfd, "augment.py", *augment_flags(trained, folder))
+    assert status == 0 and "0 of 4 shards" in text and os.stat(f"{folder}/images_00000.npy").st_mtime_ns == written
+
+
+def test_augment_refuses_other_settings_and_foreign_shards(trained, synthetic, tmp_path, capfd, monkeypatch):
+    folder = str(tmp_path / "s")
+    shutil.copytree(synthetic, folder)
+
+    def refused(**changes):
+        return one_line(cli(capfd, "augment.py", *augment_flags(trained, folder, **changes)))
+
+    assert "was made with w=0.3, not 1.8: use --overwrite=True" in refused(w=1.8)
+    assert "made with weights=" in refused(ema=False)
+    assert "per_class=7, not 2" in refused(per_class=2)
+    assert "not both" in refused(w=1, guidance_scale=2)
+    assert "must be in (0, 1]" in refused(keep=0) and "must be at least 1" in refused(per_class=0)
+    assert "names a class twice" in refused(classes="bird,bird")
+    assert "no classifier" in refused(keep=0.5) and "python classifier.py" in refused(keep=0.5)
+    path = f"{folder}/images_00001.npy"
+    with open(path, "r+b") as f:
+        f.truncate(300)
+    assert "images_00001.npy was truncated, changed or replaced" in refused()
+    assert cli(capfd, "augment.py", *augment_flags(trained, folder, w=1.8, overwrite=True))[0] == 0
+    assert contents(folder).keys() == contents(synthetic).keys() and contents(folder) != contents(synthetic)
+    data.write_shards(str(tmp_path / "mine"), np.zeros((3, 8, 8, 3)), np.zeros(3), ["a"])
+    folder = str(tmp_path / "mine")
+    assert "holds shards that augment.py did not make" in refused()
+    folder = str(tmp_path / "full")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    assert "the disk has 0 MB free" in refused()
+    assert "unknown key 'hidden': it is a key of classifier.py" in one_line(cli(capfd, "augment.py", "--hidden=1"))
+
+
+@pytest.mark.parametrize("what", ("truncated", "missing", "foreign", "mislabelled", "cut off"))
+def test_damaged_synthetic_sets_are_one_line_that_names_the_file(what, synthetic, shards, tmp_path, capfd):
+    folder = f"{tmp_path}/s"
+    shutil.copytree(synthetic, folder)
+    path, labels = f"{folder}/images_00001.npy", f"{folder}/labels_00001.npy"
+    if what == "truncated":
+        with open(path, "r+b") as f:
+            f.truncate(os.path.getsize(path) - 1)
+    elif what == "missing":
+        os.remove(path)
+    elif what == "foreign":
+        path = f"{folder}/images_00007.npy"
+        shutil.copy(f"{folder}/images_00001.npy", path)
+    elif what == "mislabelled":
+        path = labels
+        np.save(labels, np.load(labels)[::-1])
+    else:
+        path, manifest = folder, data.read_json(f"{folder}/manifest.json")
+        data.save_json(f"{folder}/manifest.json", manifest | {"complete": False})
+    flags = [f"--dataset={shards}/tiny", f"--synthetic_dir={folder}", f"--out_dir={tmp_path}", "--device=cpu"]
+    assert path in one_line(cli(capfd, "classifier.py", *flags))
+
+
+def test_two_gloo_processes_write_the_bytes_of_one(trained, synthetic, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    flags = augment_flags(trained, str(tmp_path / "s"))
+    done = subprocess.run([*command, f"{HERE}/augment.py", *flags], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "s") == contents(synthetic)
+    assert data.load(str(tmp_path / "s"))[2] == ["airplane", "automobile", "bird"]
+
+
+def test_augment_of_a_class_subset_and_of_an_unconditional_model(trained, shards, tmp_path, capfd):
+    assert cli(capfd, "augment.py", *augment_flags(trained, f"{tmp_path}/s", classes="bird,airplane"))[0] == 0
+    images, labels, names = data.load(f"{tmp_path}/s")
+    assert np.bincount(labels).tolist() == [7, 0, 7] and names == ["airplane", "automobile", "bird"]
+    flags = tiny_flags(shards, f"{tmp_path}/u", conditional=False, max_iters=1)
+    assert cli(capfd, "train.py", *flags)[0] == 0
+    assert cli(capfd, "augment.py", *augment_flags(f"{tmp_path}/u", ""))[0] == 0
+    images, labels, names = data.load(f"{tmp_path}/u/synthetic")
+    assert images.shape == (7, 8, 8, 3) and labels is None and names == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the comparison
+
+
+def classifier_flags(shards, out_dir, folder, **changes):
+    settings = dict(dataset=f"{shards}/tiny", out_dir=out_dir, synthetic_dir=folder, seeds=2, hidden=16, shift=1)
+    settings |= dict(batch_size=8, max_iters=6, eval_interval=3, warmup_iters=1, device="cpu")
+    return [f"--{k}={v}" for k, v in (settings | changes).items()]
+
+
+def test_the_comparison_runs_and_writes_what_it_says(shards, trained, synthetic, tmp_path, capfd):
+    status, text = cli(capfd, "classifier.py", *classifier_flags(shards, str(tmp_path), synthetic))
+    assert status == 0, text
+    found = data.read_json(f"{tmp_path}/classifier.json")
+    assert [(r["arm"], r["seed"]) for r in found["runs"]] == [(a, k) for a in classifier.ARMS for k in (0, 1)]
+    for run in found["runs"]:
+        confusion = np.array(run["confusion"])
+        assert confusion.sum() == 60 and run["test"] == pytest.approx(np.trace(confusion) / 60)
+        assert run["step"] in (3, 6) and run["pictures"] == {"real": 54, "synthetic": 21}.get(run["arm"], 75)
+    assert found["verdict"] in text and "2 seeds" in found["verdict"]
+    assert found["synthetic"]["settings"]["w"] == 0.3 and "±" in text and "note:" not in text
+    from PIL import Image
+
+    assert Image.open(f"{tmp_path}/confusion.png").width > 4 * 3 * 28
+    # the classifier of the real arm judges pictures for augment.py
+    judge = classifier.load_classifier(f"{tmp_path}/classifier.pt", ["airplane", "automobile", "bird"], (3, 8, 8))
+    assert torch.allclose(judge(torch.rand(5, 3, 8, 8)).sum(1), torch.ones(5), atol=1e-5)
+    with pytest.raises(DDPMError, match="is for"):
+        classifier.load_classifier(f"{tmp_path}/classifier.pt", ["a", "b", "c"], (3, 8, 8))
+    shutil.copy(f"{trained}/ckpt.pt", f"{tmp_path}/ckpt.pt")
+    assert cli(capfd, "augment.py", *augment_flags(str(tmp_path), "", keep=0.5))[0] == 0
+    kept, labels, _ = data.load(f"{tmp_path}/synthetic")
+    assert np.bincount(labels).tolist() == [7, 7, 7]
+    assert data.read_json(f"{tmp_path}/synthetic/manifest.json")["settings"]["keep"] == 0.5
+    assert (
+        cli(capfd, "augment.py", *augment_flags(str(tmp_path), f"{tmp_path}/all", per_class=14, shard_size=12))[0] == 0
+    )
+    drawn, asked, _ = data.load(f"{tmp_path}/all")
+    sure = lambda x, y: judge(to_float(torch.from_numpy(x))).gather(1, torch.from_numpy(y)[:, None])[:, 0]  # noqa: E731
+    trust, total = sure(kept, labels), sure(drawn, asked)
+    for start in range(0, 18, 6):  # of each class in a shard, the two most trusted of four
+        for k in range(3):
+            best = total[2 * start : 2 * start + 12][k::3].topk(2).values.sort().values
+            assert torch.allclose(trust[start : start + 6][k::3].sort().values, best, atol=1e-2)
+
+
+def test_the_sweep_and_what_it_cannot_do(shards, synthetic, tmp_path, capfd):
+    flags = classifier_flags(shards, str(tmp_path), synthetic, sweep=True, sweep_real="9,54", sweep_ratio="0.5,2")
+    status, text = cli(capfd, "classifier.py", *flags)
+    assert status == 0, text
+    runs = data.read_json(f"{tmp_path}/classifier_sweep.json")["runs"]
+    cells = [(r["n_real"], r["n_synthetic"]) for r in runs[::2]]
+    assert cells == [(9, 0), (9, 4), (9, 18), (54, 0)]
+    assert "only 21 synthetic pictures are there" in text and "minus none" in text
+
+
+def test_errors_of_the_classifier_are_one_line(shards, synthetic, tmp_path, capfd):
+    def run(folder=synthetic, **changes):
+        return one_line(cli(capfd, "classifier.py", *classifier_flags(shards, str(tmp_path), folder, **changes)))
+
+    assert "make them with `python augment.py`" in run(folder=f"{tmp_path}/none")
+    assert "arms: 'fake' is not one of real, real+synthetic" in run(arms="fake")
+    assert "optimizer: 'lion' is not one of sgd, adamw" in run(optimizer="lion")
+    assert "seeds: 0 must be at least 1" in run(seeds=0) and "val_fraction" in run(val_fraction=0.0)
+    assert "the weights are not finite by update" in run(lr=1e30, arms="real")
+    assert "unknown key 'keep': it is a key of augment.py" in run(keep=1)
+    assert "pictures (8, 8, 3), wanted (32, 32, 3)" in run(dataset=f"{shards}/cifar10", classes="bird")
+    status, text = cli(capfd, "classifier.py", *classifier_flags(shards, str(tmp_path), "", bench=True))
+    assert status == 0 and "torch.nn, fused optimiser" in text
+    flags = classifier_flags(shards, str(tmp_path), synthetic, val_fraction=0.3, seeds=1)
+    assert "note: the generator" in cli(capfd, "classifier.py", *flags)[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # slow proofs
 
 
@@ -1130,18 +1528,24 @@ def shape_classifier():
         return net, (net(x[10000:]).argmax(1) == y[10000:]).float().mean().item()
 
 
-@pytest.mark.slow
-def test_the_quick_start_draws_what_was_asked_for(tmp_path):
-    """Trains config/shapes.py: at least 95% of 500 pictures are of the class asked for; an untrained net scores 10%."""
-    out_dir = str(tmp_path / "out")
+@pytest.fixture(scope="session")
+def quick_start(tmp_path_factory):
+    """The folder of config/shapes.py, trained as a newcomer would, and the minutes that it took."""
+    folder = tmp_path_factory.mktemp("quick")
     start = time.time()
-    command = [sys.executable, f"{HERE}/train.py", "config/shapes.py", f"--out_dir={out_dir}", "--sample_interval=0"]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    minutes = (time.time() - start) / 60
+    command = [sys.executable, f"{HERE}/train.py", "config/shapes.py", "--sample_interval=0"]
+    subprocess.run(command, cwd=folder, check=True)
+    return folder, (time.time() - start) / 60
+
+
+@pytest.mark.slow
+def test_the_quick_start_draws_what_was_asked_for(quick_start):
+    """At least 95% of 500 pictures are of the class asked for; an untrained net scores 10%."""
+    folder, minutes = quick_start
     net, real = shape_classifier()
     y = torch.arange(500) % 10
     scores = {}
-    model = ddpm.model_from_checkpoint(ddpm.load_checkpoint(f"{out_dir}/ckpt.pt"))
+    model = ddpm.model_from_checkpoint(ddpm.load_checkpoint(f"{folder}/out-shapes/ckpt.pt"))
     for w in (0.0, 1.8):
         x = torch.cat([model.sample(y[s], w, 0, s.tolist(), "dpm++", 25) for s in torch.arange(500).split(100)])
         scores[w] = (net(x).argmax(1) == y).float().mean().item()
@@ -1153,3 +1557,67 @@ def test_the_quick_start_draws_what_was_asked_for(tmp_path):
         f"untrained {untrained:.1%}; training took {minutes:.1f} min"
     )
     assert real >= 0.99 and scores[1.8] >= 0.95 and untrained < 0.2
+
+
+@pytest.mark.slow
+def test_synthetic_shapes_help_where_real_ones_are_few(quick_start):
+    """The whole chain: train, augment, classify with 20 real pictures of each class: a gain of many times its error."""
+    folder, _ = quick_start
+    start = time.time()
+    run = lambda *args: subprocess.run([sys.executable, *args], cwd=folder, check=True)  # noqa: E731
+    run(f"{HERE}/augment.py", "--out_dir=out-shapes", "--per_class=500")
+    drawn = (time.time() - start) / 60
+    few = ["--n_real=200", "--seeds=3", "--hidden=512", "--max_iters=1500"]
+    run(f"{HERE}/classifier.py", "--dataset=shapes", "--out_dir=out-shapes", *few)
+    runs = data.read_json(f"{folder}/out-shapes/classifier.json")["runs"]
+    of = {arm: [r for r in runs if r["arm"] == arm] for arm in classifier.ARMS}
+    gain, error, _ = classifier.difference(of["real+synthetic"], of["real"])
+    control, _, _ = classifier.difference(of["real+real"], of["real"])
+    print(f"\n{gain:+.1f} ± {error:.1f} points from synthetic shapes ({drawn:.1f} min to draw), control {control:+.1f}")
+    assert gain > 10 and gain > 5 * error and gain > 3 * abs(control)
+
+
+@pytest.mark.slow
+def test_26_kill_9_of_augment_leaves_no_wrong_shard(trained, tmp_path):
+    """25 kills at random moments; what is there after each is right, and the end is that of an undisturbed run."""
+    flags = lambda name: augment_flags(trained, f"{tmp_path}/{name}", per_class=800)  # noqa: E731
+    subprocess.run([sys.executable, f"{HERE}/augment.py", *flags("whole")], check=True, capture_output=True)
+    whole, rng, kills, partial = contents(tmp_path / "whole"), random.Random(0), 0, 0
+    assert len(whole) == 2 * 400
+    while kills < 25:
+        process = subprocess.Popen(
+            [sys.executable, f"{HERE}/augment.py", *flags("cut")], stdout=subprocess.PIPE, text=True
+        )
+        assert "shards to be made" in process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        rest = process.communicate()[0]
+        kills += process.returncode == -signal.SIGKILL
+        there = contents(tmp_path / "cut")
+        assert all(there[name] == whole[name] for name in there)
+        partial += 0 < len(there) < len(whole)
+        if "hours of drawing" in rest:
+            shutil.rmtree(tmp_path / "cut")  # it ended before it was killed: from the start again
+    assert partial >= 20
+    subprocess.run([sys.executable, f"{HERE}/augment.py", *flags("cut")], check=True, capture_output=True)
+    assert contents(tmp_path / "cut") == whole
+    assert np.bincount(data.load(f"{tmp_path}/cut")[1]).tolist() == [800] * 3
+
+
+@pytest.mark.slow
+def test_memory_of_augment_does_not_grow_with_the_number_of_pictures(tmp_path):
+    model = DDPM(DDPMConfig(image_size=64, num_classes=10, arch="cnn", ch=4, ch_mult=(1,), timesteps=2, beta_end=0.999))
+    os.makedirs(tmp_path / "out")
+    ddpm.save_checkpoint(f"{tmp_path}/out/ckpt.pt", checkpoint_of(model))
+    code = "import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    code += "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"  # kB
+    peak = {}
+    for n in (50, 500, 1000):  # 6, 61 and 123 MB of pictures
+        flags = augment_flags(
+            f"{tmp_path}/out", f"{tmp_path}/{n}", per_class=n, shard_size=100, batch_size=100, steps=1
+        )
+        command = [sys.executable, "-c", code, f"{HERE}/augment.py", *flags]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE)
+        peak[n] = int(done.stdout.split("peak ")[1]) / 1024
+    print("\npeak memory of augment.py by pictures per class (64x64):", {n: f"{mb:.0f} MB" for n, mb in peak.items()})
+    assert peak[1000] - peak[50] < 60

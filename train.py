@@ -24,6 +24,7 @@ from ddpm import (
     DDPMConfig,
     choose_device,
     evaluating,
+    learning_rate,
     load_checkpoint,
     make_generator,
     save_checkpoint,
@@ -122,9 +123,6 @@ if batch_size % (world * grad_accum):
     raise ConfigError(f"batch_size: {batch_size} is not divisible by {world} ranks x grad_accum {grad_accum}")
 device, amp_dtype, use_compile = choose_device(device, dtype, use_compile)
 if world > 1:
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
 
 # data: rank 0 makes it where it has to be made
@@ -143,7 +141,9 @@ n_val = int(len(images) * val_fraction)
 if n_val == 0 and val_fraction > 0:
     raise DataError(f"val_fraction={val_fraction} of {len(images)} pictures leaves none for validation")
 n_train = len(images) - n_val  # the validation pictures are the last ones: the same for every seed
-batches = Batches(images[:n_train], None if labels is None else labels[:n_train], batch_size, seed, hflip, crop, device)
+batches = Batches(
+    images[:n_train], None if labels is None else labels[:n_train], batch_size, seed, hflip, crop, 0, device
+)
 max_iters = config["max_iters"] = math.ceil(epochs * n_train / batch_size) if epochs > 0 else max_iters
 
 # model
@@ -187,11 +187,7 @@ say(
 
 
 def lr_at(step):
-    """Linear warm-up to lr, which step warmup_iters has, then a cosine that reaches min_lr at the last step."""
-    if step < warmup_iters:
-        return lr * (step + 1) / (warmup_iters + 1)
-    progress = (step - warmup_iters) / max(1, max_iters - 1 - warmup_iters)
-    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * progress))
+    return learning_rate(step, max_iters, lr, min_lr, warmup_iters)
 
 
 def mean(sums):

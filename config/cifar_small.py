@@ -11,6 +11,6 @@ if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
     dtype = "bfloat16"  # 1.8x as fast as float32 on a CPU that has it in hardware
 schedule, objective = "cosine", "v"
 patch, ch, ch_mult, num_res_blocks, attn_resolutions, dropout = 2, 64, (1, 2), 1, (8,), 0.0
-batch_size, max_iters = 32, 24_000
+batch_size, max_iters = 32, 40_000
 lr, min_lr, warmup_iters, ema_decay = 1e-3, 2e-5, 200, 0.9995
 eval_interval, eval_pictures, sample_interval = 1000, 1000, 2000
