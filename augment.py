@@ -5,8 +5,8 @@ python augment.py --out_dir=out-shapes --per_class=500     from another run
 torchrun --nproc_per_node=gpu augment.py                   the shards split over all GPUs: the same pictures
 python augment.py --keep=0.9                               without the tenth that `python classifier.py` trusts least
 
-A run that was stopped, however rudely, goes on where it stopped when it is started again, and a larger per_class adds
-to what is there. Without a checkpoint in out_dir, the small pretrained weights in weights/ are used.
+A run that was stopped, however rudely, goes on where it stopped when it is started again (on a CPU to the same bytes),
+and a larger per_class adds to what is there. Where out/ holds no checkpoint, the small weights in weights/ are used.
 """
 
 import contextlib
@@ -24,17 +24,19 @@ import torch
 import torch.distributed as dist
 
 from configurator import HERE, ConfigError, configure, progress
-from data import DataError, class_ids, file_hash, has_shards, load_array, read_json, save_json, tile, write_shard
-from ddpm import (
-    choose_device,
-    find_checkpoint,
-    guidance_weight,
-    load_checkpoint,
-    model_from_checkpoint,
-    to_float,
-    to_uint8,
-    trained_on,
+from data import (
+    DataError,
+    class_ids,
+    file_hash,
+    has_shards,
+    load_array,
+    read_json,
+    save_json,
+    shard_files,
+    tile,
+    write_shard,
 )
+from ddpm import choose_device, guidance_weight, model_from_checkpoint, open_checkpoint, to_float, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = "out"  # the checkpoint is here
@@ -50,9 +52,7 @@ eta = 0.0  # ddim's noise: 1 makes it ddpm
 variance = "posterior"  # of ddpm: posterior or beta
 clip_x0 = True  # keep the predicted picture in [-1, 1] at every step
 ema = True  # the averaged weights; False: the raw ones
-keep = (
-    1.0  # below 1: the share kept of what was drawn, by the confidence of out_dir/classifier.pt in the class asked for
-)
+keep = 1.0  # below 1: the share kept, those of whose class out_dir/classifier.pt is surest
 batch_size = 100  # pictures drawn at once
 shard_size = 1000  # pictures in a file, about: each class has the same number
 overwrite = False  # True: delete the shards in synthetic_dir first
@@ -70,18 +70,15 @@ for key in ("per_class", "batch_size", "shard_size", "steps"):
 if not 0 < keep <= 1:
     raise ConfigError(f"keep: {keep:g} must be in (0, 1]")
 device, amp_dtype, use_compile = choose_device(device, dtype, use_compile)
-path = find_checkpoint(out_dir, os.path.join(HERE, "weights"))
-checkpoint = load_checkpoint(path)
-if rank == 0 and path != os.path.join(out_dir, "ckpt.pt"):
-    print(f"{out_dir} holds no checkpoint: using the pretrained weights/{os.path.basename(path)}")
+path, checkpoint = open_checkpoint(out_dir, os.path.join(HERE, "weights"))
 model = model_from_checkpoint(checkpoint, ema, device)
 model.amp_dtype = amp_dtype
 w = guidance_weight(w, guidance_scale, 0.3, model)
 names = list(model.config.class_names) or [str(k) for k in range(model.K)]
 labels_of = class_ids(classes, names) if classes else list(range(max(1, model.K)))
 C = len(labels_of)
-if len(set(labels_of)) < C:
-    raise DataError(f"classes={classes} names a class twice")
+if len(set(labels_of)) < C or C == 0:
+    raise DataError(f"classes={classes} names a class twice, or none")
 each = max(1, shard_size // C)  # pictures of a class in a shard
 judge = None
 if keep < 1:
@@ -141,8 +138,8 @@ def files_of(i):
     return [f"{kind}_{i:05d}.npy" for kind in ("labels", "images") if names or kind == "images"]
 
 
-def found(pattern):
-    return glob.glob(f"{glob.escape(folder)}/{pattern}")
+def journals():
+    return glob.glob(f"{glob.escape(folder)}/made_*.jsonl")
 
 
 def survey():
@@ -153,22 +150,23 @@ def survey():
     """
     mend = "use --overwrite=True to delete what is there, or another --synthetic_dir"
     manifest = {"complete": False, "settings": settings, "seconds": 0.0, "shards": {}}
-    if os.path.exists(f"{folder}/manifest.json"):
+    if has_shards(folder):
+        if not os.path.exists(f"{folder}/manifest.json"):
+            raise DataError(f"{folder} holds shards that augment.py did not make: {mend}")
         manifest = read_json(f"{folder}/manifest.json")
-        for key in settings | manifest["settings"]:
-            was, now = manifest["settings"].get(key), settings.get(key)
-            if was != now and not (key == "per_class" and was < now):
+        were = manifest.get("settings", {})
+        for key in settings | were:
+            was, now = were.get(key), settings.get(key)
+            if was != now and not (key == "per_class" and was is not None and was < now):
                 raise DataError(f"{folder} was made with {key}={was}, not {now}: {mend}")
-    elif has_shards(folder):
-        raise DataError(f"{folder} holds shards that augment.py did not make: {mend}")
-    for journal in found("made_*.jsonl"):
-        with open(journal, encoding="utf-8") as f:
-            for line in f:
-                with contextlib.suppress(json.JSONDecodeError):  # the last line of a process that was killed
-                    entry = json.loads(line)
-                    seconds = entry.pop("seconds")
-                    manifest["seconds"] += 0 if entry.keys() <= manifest["shards"].keys() else seconds
-                    manifest["shards"] |= entry
+        for journal in journals():
+            with open(journal, encoding="utf-8") as f:
+                for line in f:
+                    with contextlib.suppress(json.JSONDecodeError):  # the last line of a process that was killed
+                        entry = json.loads(line)
+                        seconds = entry.pop("seconds")
+                        manifest["seconds"] += 0 if entry.keys() <= manifest["shards"].keys() else seconds
+                        manifest["shards"] |= entry
     done, todo = {}, []
     for i in range(math.ceil(per_class / each)):
         recorded = {name: manifest["shards"].get(name) for name in files_of(i)}
@@ -189,15 +187,16 @@ def survey():
 def settle(manifest):
     """Keeps the manifest; the journals are in it."""
     save_json(f"{folder}/manifest.json", manifest)
-    for journal in found("made_*.jsonl"):
+    for journal in journals():
         os.remove(journal)
 
 
 def open_folder():
-    """What is to be made, after the folder was made ready for it."""
+    """The shards that are to be made, in a folder that is ready for them."""
     os.makedirs(folder, exist_ok=True)
     if overwrite:
-        for old in found("manifest.json") + found("made_*.jsonl") + found("*_?????.npy"):  # the manifest vouches: first
+        settle({"complete": False, "settings": {}, "shards": {}})  # vouches for nothing that is still there
+        for old in shard_files(folder):
             os.remove(old)
     todo, manifest = survey()
     need = sum(map(size_of, todo)) * C * (math.prod(model.shape) + 1) + 2**20
@@ -209,7 +208,7 @@ def open_folder():
 
 
 if world > 1:
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))  # ranks wait for each other at the end alone
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=20))  # ranks wait for each other at the end alone
 plan = [open_folder() if rank == 0 else None]
 if world > 1:
     dist.broadcast_object_list(plan)
@@ -227,7 +226,7 @@ if rank == 0:
 total, start, made = sum(map(size_of, mine)) * C, time.time(), 0
 for i in mine:
     began, n = time.time(), size_of(i) * C
-    report = lambda share: progress(f"shard {i}", (made + share * n) / total, start)  # noqa: E731
+    report = lambda share: rank == 0 and progress(f"shard {i}", (made + share * n) / total, start)  # noqa: E731
     write_shard(folder, i, *draw_shard(i, report))
     made += n
     entry = {name: file_hash(f"{folder}/{name}") for name in files_of(i)} | {"seconds": time.time() - began}
@@ -243,10 +242,13 @@ if world > 1:
     dist.barrier()
     dist.destroy_process_group()
 if rank == 0:
-    _, manifest = survey()
-    counts = {names[k] if names else "": per_class for k in labels_of}
-    facts = dict(checkpoint=path, trained_on=trained_on(checkpoint), counts=counts, pictures=per_class * C)
-    settle(manifest | facts | {"complete": True, "device": device, "torch": torch.__version__})
+    todo, manifest = survey()
+    if todo:
+        raise DataError(f"{folder}: shards {todo} are not there at the end: did someone else write here?")
+    manifest["shards"]["classes.json"] = file_hash(f"{folder}/classes.json")
+    manifest |= dict(checkpoint=os.path.relpath(path), trained_on=checkpoint.get("trained_on", {}), device=device)
+    manifest |= dict(counts={names[k] if names else "all": per_class for k in labels_of}, pictures=per_class * C)
+    settle(manifest | {"torch": torch.__version__, "complete": True})
     rows = min(8, size_of(0))
     preview = load_array(f"{folder}/images_00000.npy")[: rows * C].reshape(rows, C, *model.shape[1:], -1).swapaxes(0, 1)
     preview = preview.reshape(rows * C, *preview.shape[2:])

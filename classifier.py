@@ -3,7 +3,7 @@
 python classifier.py                               four arms, five seeds, on CIFAR-10 and out/synthetic
 python classifier.py --arms=real --seeds=1         one classifier, without synthetic pictures
 python classifier.py --n_real=1000                 the comparison where only 1,000 real pictures are at hand
-python classifier.py --sweep=True                  accuracy by amount of real and of synthetic pictures
+python classifier.py --amounts=1000,5000,45000     accuracy by amount of real and of synthetic pictures
 python classifier.py --bench=True                  training speed beside the same network in torch.nn
 
 Layers, loss and optimisers are written out, forward and backward; torch serves as an array library, autograd is off,
@@ -11,19 +11,18 @@ and `import classifier` gives them. Every arm of the comparison gets the same in
 number of updates and the same validation pictures, which choose the update to stop at; the test pictures are used once.
 """
 
-import argparse
 import math
 import os
-import pickle
 import statistics
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from configurator import ConfigError, configure
-from data import Batches, DataError, load, read_json, save_json
-from ddpm import DDPMError, choose_device, learning_rate, make_generator, save_checkpoint, to_float
+from data import Batches, DataError, fingerprint, load, read_json, save_json, training_count
+from ddpm import DDPMError, choose_device, learning_rate, make_generator, one_of, save_checkpoint, to_float
 
 # ---------------------------------------------------------------------------------------------------------------------
 # data
@@ -40,9 +39,8 @@ n_synthetic = 0  # synthetic ones; 0: all
 arms = "real,real+synthetic,synthetic,real+real"  # real+real: as many pictures an epoch as real+synthetic, none new
 seeds = 5  # runs of each arm
 seed = 0  # the first of them
-sweep = False  # True: a table over sweep_real and sweep_ratio in place of the arms
-sweep_real = (1000, 5000, 45000)  # numbers of real pictures
-sweep_ratio = (0.1, 0.5, 1, 2, 5)  # synthetic pictures for each real one
+amounts = ()  # numbers of real pictures: a table over them and the ratios, in place of the arms
+ratios = (0.1, 0.5, 1.0, 2.0, 5.0)  # of that table: synthetic pictures for each real one
 bench = False  # True: time a training step beside torch.nn's, and do nothing else
 # the network and its training
 hidden = (2048, 1024)  # units of each hidden layer
@@ -65,26 +63,29 @@ dtype = "auto"  # of the matrix products: float32, bfloat16
 
 
 class Linear:
-    """y = x W + b: x (B, n_in) -> y (B, n_out). backward adds nothing up: it overwrites dW and db.
+    """y = x W + b: x (B, n_in) -> y (B, n_out). backward writes the gradients into dW and db.
 
-    W (n_in, n_out), b (n_out) and their gradients may be views of larger tensors; the products are made in `dtype`.
+    W (n_in, n_out) is drawn from N(0, 2 / n_in) (He et al. 2015, eq. 10), b starts at 0; `dtype` is the products'.
     """
 
-    def __init__(self, W, b, dW, db, dtype=torch.float32, first=False):
-        self.W, self.b, self.dW, self.db, self.dtype, self.first = W, b, dW, db, dtype, first
+    def __init__(self, n_in, n_out, generator=None, dtype=torch.float32):
+        self.W = torch.randn(n_in, n_out, generator=generator) * math.sqrt(2 / n_in)
+        self.b, self.dtype, self.needs_dx = torch.zeros(n_out), dtype, True
+        self.dW, self.db = torch.zeros_like(self.W), torch.zeros_like(self.b)
 
     def forward(self, x, training=False):
-        self.x, self.w = x.to(self.dtype), self.W.to(self.dtype)
-        return torch.addmm(self.b.to(self.dtype), self.x, self.w)
+        self.x, self.W_cast = x.to(self.dtype), self.W.to(self.dtype)  # neither is a copy in float32
+        return torch.addmm(self.b.to(self.dtype), self.x, self.W_cast)
 
     def backward(self, dy):
-        """dW = x^T dy, db = sum over the batch of dy, dx = dy W^T; the first layer's dx is no one's, and is None."""
+        """dW = x^T dy; db = dy summed over the batch; dx = dy W^T, or None where nobody needs it."""
+        dy = dy.to(self.dtype)
         if self.dW.dtype == self.dtype:
             torch.mm(self.x.T, dy, out=self.dW)
         else:
             self.dW.copy_(self.x.T @ dy)
         self.db.copy_(dy.sum(0))
-        return None if self.first else dy @ self.w.T
+        return dy @ self.W_cast.T if self.needs_dx else None
 
 
 class ReLU:
@@ -101,18 +102,18 @@ class ReLU:
 class Dropout:
     """While training, zeroes each value with probability p and scales the others by 1 / (1 - p); else nothing.
 
-    A coin is one random byte, so p is rounded to a multiple of 1/256: a tenth of the time of a float for each value.
+    A coin is one random byte, a fraction of the time of a float for each value: p is rounded to a multiple of 1/256.
     """
 
     def __init__(self, p, generator=None):
-        self.cut, self.generator, self.mask = round(256 * p), generator, None
+        self.cut, self.generator, self.mask = min(round(256 * p), 255), generator, None
 
     def forward(self, x, training=False):
         self.mask = None
         if not training or self.cut == 0:
             return x
-        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
-        coins = words.random_(-(2**63), None, generator=self.generator).view(torch.uint8)[: x.numel()].view(x.shape)
+        n, how = x.numel(), {"generator": self.generator, "device": x.device, "dtype": torch.int32}
+        coins = torch.randint(-(2**31), 2**31, (-(-n // 4),), **how).view(torch.uint8)[:n].view(x.shape)
         self.mask = (coins >= self.cut).to(x.dtype).mul_(256 / (256 - self.cut))
         return x * self.mask
 
@@ -136,40 +137,34 @@ class SoftmaxCrossEntropy:
 
 
 class MLP:
-    """Linear, ReLU, Dropout, …, Linear: x (B, sizes[0]) -> logits (B, sizes[-1]).
+    """Linear, ReLU, Dropout, …, Linear: x (B, sizes[0]) -> logits (B, sizes[-1]). Drawn from the seed, on any device.
 
     All weights lie in one vector `params`, their gradients in `grads`, which the optimiser walks through and a copy of
-    which is a checkpoint; the first `n_decayed` are matrices, the rest biases. W is drawn from N(0, 2 / n_in)
-    (He et al. 2015, eq. 10) with the seed, alike on all devices; biases start at 0.
+    which is a checkpoint: first the n_decayed values of the matrices, then the biases. `dtype` is that of the matrix
+    products, except the last layer's.
     """
 
-    def __init__(self, sizes, dropout=0.0, seed=0, device="cpu", dtype=torch.float32, param_dtype=torch.float32):
-        pairs = list(zip(sizes, sizes[1:]))
-        self.n_decayed = sum(a * b for a, b in pairs)
-        self.params = torch.zeros(self.n_decayed + sum(sizes[1:]), dtype=param_dtype)
-        generator, at = make_generator(seed), 0
-        for a, b in pairs:
-            self.params[at : at + a * b].normal_(0, math.sqrt(2 / a), generator=generator)
-            at += a * b
-        self.params = self.params.to(device)
+    def __init__(self, sizes, dropout=0.0, seed=0, device="cpu", dtype=None):
+        generator, noise = make_generator(seed), make_generator(seed, 1, device)
+        linears = [Linear(a, b, generator, dtype or torch.get_default_dtype()) for a, b in zip(sizes, sizes[1:])]
+        linears[0].needs_dx, linears[-1].dtype = False, torch.get_default_dtype()
+        tensors = [layer.W for layer in linears] + [layer.b for layer in linears]
+        self.n_decayed = sum(layer.W.numel() for layer in linears)
+        self.params = torch.cat([p.flatten() for p in tensors]).to(device)
         self.grads = torch.zeros_like(self.params)
-        matrices, biases = [a * b for a, b in pairs], list(sizes[1:])
-        views = [v.split(matrices + biases) for v in (self.params, self.grads)]
-        noise, self.layers = make_generator(seed, 1, device), []
-        for i, pair in enumerate(pairs):
-            W, dW = (v[i].view(pair) for v in views)
-            b, db = (v[len(pairs) + i] for v in views)
-            self.layers += [Linear(W, b, dW, db, dtype, first=i == 0), ReLU(), Dropout(dropout, noise)]
-        del self.layers[-2:]  # the last layer puts out logits
+        counts = [p.numel() for p in tensors]
+        views = [[v.view(p.shape) for v, p in zip(flat.split(counts), tensors)] for flat in (self.params, self.grads)]
+        for i, layer in enumerate(linears):
+            (layer.W, layer.dW), (layer.b, layer.db) = ([v[j] for v in views] for j in (i, len(linears) + i))
+        self.layers = [part for layer in linears for part in (layer, ReLU(), Dropout(dropout, noise))][:-2]
 
     def forward(self, x, training=False):
         for layer in self.layers:
             x = layer.forward(x, training)
-        return x.to(self.params.dtype)
+        return x
 
     def backward(self, d):
         """Fills `grads` from dloss/dlogits (B, K)."""
-        d = d.to(self.layers[0].dtype)
         for layer in reversed(self.layers):
             d = layer.backward(d)
 
@@ -182,13 +177,8 @@ class SGD:
     """v = momentum v + g; w = w - lr v."""
 
     def __init__(self, model, weight_decay=0.0, momentum=0.9):
-        self.v, self.momentum, self.weight_decay, self.model = (
-            torch.zeros_like(model.grads),
-            momentum,
-            weight_decay,
-            model,
-        )
-        self.blocks = in_blocks(model.params, model.grads, self.v)
+        self.model, self.weight_decay, self.momentum = model, weight_decay, momentum
+        self.blocks = in_blocks(model.params, model.grads, torch.zeros_like(model.grads))
 
     def step(self, lr):
         decay(self.model, lr * self.weight_decay)
@@ -201,9 +191,10 @@ class AdamW:
     """Kingma and Ba 2015, algorithm 1: w = w - lr m_hat / (sqrt(v_hat) + eps), the hats undoing the start at zero."""
 
     def __init__(self, model, weight_decay=0.0, beta1=0.9, beta2=0.999, eps=1e-8):
-        self.m, self.v, self.updates = torch.zeros_like(model.grads), torch.zeros_like(model.grads), 0
-        self.beta1, self.beta2, self.eps, self.weight_decay, self.model = beta1, beta2, eps, weight_decay, model
-        self.blocks = in_blocks(model.params, model.grads, self.m, self.v)
+        self.model, self.weight_decay, self.updates = model, weight_decay, 0
+        self.beta1, self.beta2, self.eps = beta1, beta2, eps
+        m, v = torch.zeros_like(model.grads), torch.zeros_like(model.grads)
+        self.blocks = in_blocks(model.params, model.grads, m, v)
 
     def step(self, lr):
         self.updates += 1
@@ -253,9 +244,10 @@ def predict(model, images, gray, device):
 def train(images, labels, val_images, val_labels, K, seed, settings):
     """Trains an MLP on uint8 pictures; returns it with the weights of its best validation, and {step, val, seconds}.
 
-    settings: a dict of this script's keys from `hidden` to `dtype`, with device and dtype settled.
+    settings: a dict of this script's keys from `hidden` to `dtype`, device and dtype settled. Raises ConfigError when
+    the weights do not stay finite.
     """
-    s, start = argparse.Namespace(**settings), time.time()
+    s, start = SimpleNamespace(**settings), time.time()
     n_in = math.prod(images.shape[1:3]) * (1 if s.gray else images.shape[3])
     model = MLP((n_in, *s.hidden, K), s.dropout, seed, s.device, s.dtype)
     loss, optimiser = SoftmaxCrossEntropy(), OPTIMIZERS[s.optimizer](model, s.weight_decay)
@@ -294,11 +286,11 @@ def load_classifier(path, names, shape, device="cpu"):
         saved = torch.load(path, map_location=device, weights_only=True)
         model = MLP(saved["sizes"], device=device)
         model.params.copy_(saved["params"])
-    except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as e:
+    except Exception as e:
         raise DDPMError(f"classifier {path} is damaged ({type(e).__name__})") from None
     if saved["names"] != list(names) or saved["shape"] != list(shape):
         raise DDPMError(
-            f"classifier {path} is for {saved['names']} at {saved['shape']}, not {list(names)} at {list(shape)}"
+            f"classifier {path} is for {saved['shape']}, {saved['names']}, not {list(shape)}, {list(names)}"
         )
     return lambda x0: model.forward(inputs(x0, saved["gray"])).softmax(1)
 
@@ -320,17 +312,37 @@ def t_quantile(df):
 
 
 def interval(values):
-    """Mean, standard error, and half the width of the mean's 95% interval (Student's t); nan from one value."""
+    """Mean, standard error, and half the width of the mean's 95% interval (Student's t); None from a single value."""
     mean = statistics.fmean(values)
     if len(values) < 2:
-        return mean, float("nan"), float("nan")
+        return mean, None, None
     error = statistics.stdev(values) / math.sqrt(len(values))
     return mean, error, error * t_quantile(len(values) - 1)
 
 
+def difference(runs, base, of=lambda run: run["test"]):
+    """Mean of the paired differences in points of a percent, and half its 95% interval."""
+    mean, _, half = interval([100 * (of(a) - of(b)) for a, b in zip(runs, base)])
+    return mean, half
+
+
+def accuracy_text(runs):
+    mean, error, _ = interval([100 * run["test"] for run in runs])
+    return f"{mean:.2f}" + ("" if error is None else f" ± {error:.2f}") + " %"
+
+
+def change_text(mean, half):
+    return f"{mean:+.2f} points" + ("" if half is None else f", 95% interval [{mean - half:+.2f}, {mean + half:+.2f}]")
+
+
 def balanced(labels, n, seed):
-    """n places in labels (N,), as many of each class as there can be, drawn with the seed; 0 is all of them."""
-    if n == 0 or n >= len(labels):
+    """n places in labels (N,), as many of each class as there can be, drawn with the seed; 0 is all of them.
+
+    Raises DataError where there are fewer than n.
+    """
+    if n > len(labels):
+        raise DataError(f"{n} pictures were asked for, but there are {len(labels)}")
+    if n == 0:
         return np.arange(len(labels))
     order = np.random.default_rng(seed).permutation(len(labels))
     turn = np.empty(len(labels), dtype=np.int64)  # how many of its class came before, in this order
@@ -392,229 +404,238 @@ def confusion_picture(matrices, names, cell=28):
     return sheet
 
 
-def difference(runs, base, of=lambda run: run["test"]):
-    """interval() of the paired differences, in points of a percent."""
-    return interval([100 * (of(a) - of(b)) for a, b in zip(runs, base)])
-
-
-def span(mean, half):
-    return f"{mean:+.2f} points" + (f", 95% interval [{mean - half:+.2f}, {mean + half:+.2f}]" if half == half else "")
+def recall(k):
+    """What share of class k's test pictures a run got right."""
+    return lambda run: run["confusion"][k][k] / max(1, sum(run["confusion"][k]))
 
 
 def verdict(runs, names):
-    """The closing paragraph, from the numbers of {arm: its runs, one per seed, in the same order}."""
-    lines, base = [], runs["real"]
-    recall = lambda k: lambda run: run["confusion"][k][k] / max(1, sum(run["confusion"][k]))  # noqa: E731
+    """The closing paragraph, from the numbers of {arm: its runs, a seed each, in the same order}."""
+    base, text = runs["real"], []
+    sentences = {
+        "real+synthetic": "With synthetic pictures the test accuracy changes by",
+        "real+real": "In the control, as many pictures an epoch but none of them new, it changes by",
+        "synthetic": "With synthetic pictures in place of the real ones it changes by",
+    }
+    for arm, sentence in sentences.items():
+        if arm in runs:
+            text.append(f"{sentence} {change_text(*difference(runs[arm], base))}.")
     if "real+synthetic" in runs:
-        mine = runs["real+synthetic"]
-        mean, _, half = difference(mine, base)
-        if half != half:
-            word = "one seed cannot tell whether that is chance"
-        elif abs(mean) <= half:
-            word = "the interval includes zero: no effect was shown"
+        mine, changes = runs["real+synthetic"], [difference(runs["real+synthetic"], base)]
+        if "real+real" in runs:
+            changes.append(difference(mine, runs["real+real"]))
+            text.append(f"Against that control synthetic pictures make {change_text(*changes[1])}.")
+        zero, what = " in both comparisons" * (len(changes) > 1), {1: "helped", -1: "hurt"}
+        if changes[0][1] is None:
+            text.append("One seed cannot tell whether that is chance.")
+        elif all(mean > half for mean, half in changes) or all(mean < -half for mean, half in changes):
+            text.append(
+                f"The interval excludes zero{zero}: the synthetic pictures {what[1 if changes[0][0] > 0 else -1]}."
+            )
         else:
-            word = f"the interval excludes zero: the synthetic pictures {'helped' if mean > 0 else 'hurt'}"
-        lines.append(f"With synthetic pictures the test accuracy changes by {span(mean, half)}; {word}.")
-        changes = [(*difference(mine, base, recall(k)), name) for k, name in enumerate(names)]
-        sure = sorted((m, name) for m, _, h, name in changes if abs(m) > h)
-        for word, found in (("up", sure[::-1]), ("down", sure)):
-            listed = [f"{name} {m:+.1f}" for m, name in found if (m > 0) == (word == "up")]
-            lines.append(f"Classes surely {word} (interval of their own without zero): {', '.join(listed) or 'none'}.")
-    if "real+real" in runs:
-        mean, _, half = difference(runs["real+real"], base)
-        lines.append(f"The control, as many pictures an epoch but none of them new: {span(mean, half)}.")
-        if "real+synthetic" in runs:
-            mean, _, half = difference(runs["real+synthetic"], runs["real+real"])
-            lines.append(f"Synthetic pictures against that control: {span(mean, half)}.")
-    if "synthetic" in runs:
-        mean, _, half = difference(runs["synthetic"], base)
-        lines.append(f"Synthetic pictures alone, in place of the real ones: {span(mean, half)}.")
-    lines.append(
-        f"{len(base)} seeds: the intervals cover initial weights, order, augmentation and choice of pictures, not the "
-        "choice of test pictures, nor another training of the generator."
+            text.append(f"Zero is not outside the interval{zero}: no effect was shown.")
+        by_class = {name: difference(mine, base, recall(k)) for k, name in enumerate(names)}
+        for word, sign in (("gain", 1), ("lose", -1)):
+            apart = {name: mean for name, (mean, half) in by_class.items() if half is not None and sign * mean > half}
+            listed = ", ".join(f"{name} {apart[name]:+.1f}" for name in sorted(apart, key=lambda n: -abs(apart[n])))
+            text.append(f"Classes that {word}, at 95% each: {listed or 'none'}.")
+    return " ".join(text) + (
+        f" {len(base)} seeds: the intervals cover initial weights, order, augmentation and choice of pictures, not the"
+        " choice of test pictures, nor another training of the generator."
     )
-    return " ".join(lines)
 
 
-def compare(run, arms, seeds):
-    """Runs every arm with every seed and prints what came out; returns {arm: runs}."""
-    runs = {arm: [] for arm in arms}
-    for k in range(seed, seed + seeds):
-        for arm in arms:
-            runs[arm].append(run(arm, k, n_real, n_synthetic))
-    matrices = {arm: percent(np.sum([r["confusion"] for r in runs[arm]], axis=0)) for arm in arms}
-    for arm in arms:
-        print(f"\n{arm}: percent of each true class (row) that was taken for each class (column), {seeds} seeds")
-        print(confusion_text(matrices[arm], names))
-    print(f"\n{'arm':<16}{'pictures':>9}{'updates':>9}  test accuracy     minus real (paired)")
-    titles = {}
-    for arm in arms:
-        mean, error, _ = interval([100 * r["test"] for r in runs[arm]])
-        titles[f"{arm}: {mean:.2f} +- {error:.2f} %"] = matrices[arm]
-        gap = span(*difference(runs[arm], runs["real"])[::2]) if arm != "real" and "real" in runs else ""
-        print(f"{arm:<16}{runs[arm][0]['pictures']:>9}{max_iters:>9}  {mean:6.2f} ± {error:.2f} %  {gap}")
-    picture = os.path.join(out_dir, "confusion.png")
-    confusion_picture(titles, names).save(picture)
-    print(f"wrote {picture}")
-    return runs
+def report(runs, names, out_dir):
+    """Prints confusion matrices, accuracies and changes by class of {arm: its runs}, and writes confusion.png."""
+    matrices = {arm: percent(np.sum([r["confusion"] for r in mine], axis=0)) for arm, mine in runs.items()}
+    for arm, matrix in matrices.items():
+        print(f"\n{arm}: percent of each true class (row) taken for each class (column), {len(runs[arm])} seeds")
+        print(confusion_text(matrix, names))
+    others = [arm for arm in runs if arm != "real" and "real" in runs]
+    print(f"\n{'arm':<16} test accuracy    minus real, paired by seed")
+    for arm, mine in runs.items():
+        change = change_text(*difference(mine, runs["real"])) if arm in others else ""
+        print(f"{arm:<16} {accuracy_text(mine):<16} {change}")
+    for arm in others:
+        print(f"\n{arm} minus real by class")
+        for k, name in enumerate(names):
+            print(f"{name:>16} {change_text(*difference(runs[arm], runs['real'], recall(k)))}")
+    titles = {f"{arm}  {accuracy_text(runs[arm])}": matrix for arm, matrix in matrices.items()}
+    confusion_picture(titles, names).save(os.path.join(out_dir, "confusion.png"))
 
 
-def sweep_table(run, n_train, n_available):
-    """Accuracy by number of real pictures and of synthetic ones for each of them; returns the runs."""
-    every = []
-    for n in sweep_real:
-        n, base = min(n, n_train), None
-        for ratio in (0, *sweep_ratio):
-            if (count := round(ratio * n)) > n_available:
-                print(
-                    f"{n:6d} real + {count:6d} synthetic ({ratio:g}x): only {n_available} synthetic pictures are there"
-                )
+def amounts_table(run, n_train, n_synthetic):
+    """Prints accuracy by number of real pictures and of synthetic ones for each of them."""
+    for n in dict.fromkeys(min(n, n_train) for n in amounts):
+        base = None
+        for ratio in (0, *ratios):
+            count = round(ratio * n)
+            title = f"{n:6d} real + {count:6d} synthetic ({ratio:g}x)"
+            if count > n_synthetic or (ratio and count == 0):
+                print(f"{title}: not run, there are {n_synthetic} synthetic pictures")
                 continue
-            arm = "real+synthetic" if ratio else "real"
-            cell = [run(arm, k, n, count) for k in range(seed, seed + seeds)]
-            every += cell
+            cell = [run("real+synthetic" if ratio else "real", k, n, count) for k in range(seed, seed + seeds)]
             base = base or cell
-            mean, error, _ = interval([100 * r["test"] for r in cell])
-            gap = f"; minus none: {span(*difference(cell, base)[::2])}" if ratio else ""
-            print(f"{n:6d} real + {count:6d} synthetic ({ratio:g}x): {mean:6.2f} ± {error:.2f} %{gap}")
-    return every
+            print(f"{title}: {accuracy_text(cell)}{f'; {change_text(*difference(cell, base))}' if ratio else ''}")
 
 
 def bench_step(settings, n_in, K):
     """Prints the time of an update beside torch.nn's with autograd: the same network, batch and threads, by turns."""
     from torch import nn
 
-    device, B = settings["device"], settings["batch_size"]
-    model = MLP((n_in, *hidden, K), dropout, 0, device, settings["dtype"])
-    loss, optimiser = SoftmaxCrossEntropy(), OPTIMIZERS[optimizer](model, weight_decay)
-    x, y = torch.randn(B, n_in, device=device), torch.randint(K, (B,), device=device)
+    s = SimpleNamespace(**settings)
+    model, loss = MLP((n_in, *s.hidden, K), s.dropout, 0, s.device, s.dtype), SoftmaxCrossEntropy()
+    optimiser = OPTIMIZERS[s.optimizer](model, s.weight_decay)
+    x, y = torch.randn(s.batch_size, n_in, device=s.device), torch.randint(K, (s.batch_size,), device=s.device)
 
     @torch.no_grad()
     def ours():
         loss.forward(model.forward(x, training=True), y)
         model.backward(loss.backward())
-        optimiser.step(lr)
+        optimiser.step(s.lr)
 
     def peer(fused):
-        layers = []
-        for a, b in zip((n_in, *hidden), hidden):
-            layers += [nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout)]
-        net = nn.Sequential(*layers, nn.Linear(hidden[-1], K)).to(device)
-        kind, how = (torch.optim.SGD, {"momentum": 0.9}) if optimizer == "sgd" else (torch.optim.AdamW, {})
-        theirs = kind(net.parameters(), lr=lr, weight_decay=weight_decay, fused=fused or None, **how)
+        widths = (n_in, *s.hidden)
+        layers = [
+            part for a, b in zip(widths, s.hidden) for part in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(s.dropout))
+        ]
+        net = nn.Sequential(*layers, nn.Linear(widths[-1], K)).to(s.device)
+        how = {"lr": s.lr, "weight_decay": s.weight_decay, "fused": fused or None}
+        sgd = s.optimizer == "sgd"
+        theirs = (
+            torch.optim.SGD(net.parameters(), momentum=0.9, **how)
+            if sgd
+            else torch.optim.AdamW(net.parameters(), **how)
+        )
 
         def step():
             theirs.zero_grad()
-            with torch.autocast(device.split(":")[0], settings["dtype"], settings["dtype"] != torch.float32):
+            with torch.autocast(s.device.split(":")[0], s.dtype, enabled=s.dtype != torch.float32):
                 value = nn.functional.cross_entropy(net(x), y)
             value.backward()
             theirs.step()
 
         return step
 
-    steps = {"classifier.py": ours, "torch.nn": peer(False), "torch.nn, fused optimiser": peer(True)}
+    steps = {"classifier.py": ours, "torch.nn": peer(fused=False), "torch.nn, fused optimiser": peer(fused=True)}
     times = {name: [] for name in steps}
-    for turn in range(33):
+    for _ in range(33):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
-            if device != "cpu":
-                torch.accelerator.synchronize()
-            if turn >= 3:
-                times[name].append(time.perf_counter() - start)
-    mine = statistics.median(times["classifier.py"])
-    for name, seconds in times.items():
-        middle = statistics.median(seconds)
-        print(f"{name:<26} {B / middle:9.0f} pictures/s, {middle / mine:.2f}x the time")
+            if s.device.startswith("cuda"):
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(seconds[3:]) for name, seconds in times.items()}
+    for name, seconds in medians.items():
+        print(
+            f"{name:<26} {s.batch_size / seconds:9.0f} pictures/s, {seconds / medians['classifier.py']:.2f}x the time"
+        )
 
 
-if __name__ == "__main__":
-    config, given = configure(globals())
-    for key, least in dict(
-        seeds=1, batch_size=1, max_iters=1, eval_interval=1, n_real=0, n_synthetic=0, shift=0
-    ).items():
-        if config[key] < least:
-            raise ConfigError(f"{key}: {config[key]} must be at least {least}")
-    if optimizer not in OPTIMIZERS:
-        raise ConfigError(f"optimizer: {optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
-    if not (0 < val_fraction < 1 and 0 <= dropout < 1):
+# ---------------------------------------------------------------------------------------------------------------------
+# the script
+
+
+def check(config):
+    """Raises ConfigError for a setting that cannot be used."""
+    least = dict(seeds=1, batch_size=1, max_iters=1, eval_interval=1, n_real=0, n_synthetic=0, shift=0)
+    for key, value in least.items():
+        if config[key] < value:
+            raise ConfigError(f"{key}: {config[key]} must be at least {value}")
+    for key, kind in (("hidden", int), ("amounts", int), ("ratios", (int, float))):
+        if not all(isinstance(v, kind) and v > 0 for v in config[key]):
+            raise ConfigError(f"{key}: {config[key]} must be positive {'' if key == 'ratios' else 'whole '}numbers")
+    one_of("optimizer", config["optimizer"], OPTIMIZERS)
+    one_of("dtype", config["dtype"], ("auto", "float32", "bfloat16"))
+    if not (0 < config["val_fraction"] < 1 and 0 <= config["dropout"] < 1):
         raise ConfigError(f"val_fraction={val_fraction} must be in (0, 1) and dropout={dropout} in [0, 1)")
-    arms = arms.split(",")
-    for arm in arms:
-        if arm not in ARMS:
-            raise ConfigError(f"arms: {arm!r} is not one of {', '.join(ARMS)}")
-    device, amp_dtype, _ = choose_device(device, dtype, False)
-    settings = {key: config[key] for key in ("hidden", "gray", "dropout", "hflip", "shift", "optimizer", "batch_size")}
-    settings |= {
-        key: config[key] for key in ("max_iters", "lr", "min_lr", "warmup_iters", "weight_decay", "eval_interval")
-    }
-    settings |= {"device": device, "dtype": amp_dtype or torch.float32}
+
+
+def main():
+    """The comparison, as the settings at the head of this file ask for it."""
+    check(config)
+    chosen = arms.split(",")
+    for arm in chosen:
+        one_of("arms", arm, ARMS)
+    if len(set(chosen)) < len(chosen):
+        raise ConfigError(f"arms: {arms} names one twice")
+    on, amp_dtype, _ = choose_device(device, dtype, False)
+    precision = torch.bfloat16 if amp_dtype == torch.bfloat16 else torch.float32
+    settings = config | {"device": on, "dtype": precision}
 
     images, labels, names = load(dataset, "train", data_dir, image_size, classes)
     test_images, test_labels, test_names = load(dataset, "test", data_dir, image_size, classes)
     if labels is None or test_labels is None or names != test_names:
         raise DataError(f"{dataset}: a classifier needs labels and a test split with the same classes")
-    n_train = len(images) - int(len(images) * val_fraction)  # as in train.py: the last ones are for validation
-    real = images[:n_train], labels[:n_train]
-    synthetic, manifest = [a[:0] for a in real], None
-    folder = synthetic_dir or os.path.join(out_dir, "synthetic")
-    K, n_in = len(names), math.prod(images.shape[1:3]) * (1 if gray else images.shape[3])
+    n_train = training_count(len(images), val_fraction)
+    real, val_images, val_labels = (images[:n_train], labels[:n_train]), images[n_train:], labels[n_train:]
+    K, shape, n_in = len(names), images.shape[1:], math.prod(images.shape[1:3]) * (1 if gray else images.shape[3])
     if bench:
-        bench_step(settings, n_in, K)
-        raise SystemExit
-    if sweep or arms != ["real"]:
+        return bench_step(settings, n_in, K)
+    synthetic, folder = [a[:0] for a in real], synthetic_dir or os.path.join(out_dir, "synthetic")
+    content = {"config": config, "device": on, "torch": torch.__version__, "pictures": {"real": n_train}, "runs": []}
+    if amounts or chosen != ["real"]:
         if not os.path.isdir(folder):
             raise DataError(
                 f"no synthetic pictures in {folder}: make them with `python augment.py`, or use --arms=real"
             )
         *synthetic, _ = load(folder, classes=",".join(names))
-        if synthetic[1] is None or synthetic[0].shape[1:] != images.shape[1:]:
-            raise DataError(f"{folder}: pictures {synthetic[0].shape[1:]}, wanted {images.shape[1:]}, with labels")
+        if synthetic[0].shape[1:] != shape:
+            raise DataError(f"{folder}: pictures {synthetic[0].shape[1:]}, wanted {shape}")
+        content["pictures"]["synthetic"] = len(synthetic[0])
         if os.path.exists(f"{folder}/manifest.json"):
-            manifest = read_json(f"{folder}/manifest.json")
-            seen = manifest["trained_on"]
-            apart = (seen.get("dataset"), seen.get("classes")) == (dataset, classes)
-            if not (apart and seen["val_fraction"] >= val_fraction):
-                print(f"note: the generator ({seen}) may have been trained on pictures that choose the update here")
+            content["synthetic"] = read_json(f"{folder}/manifest.json")
+            del content["synthetic"]["shards"]
+            if content["synthetic"].get("trained_on", {}).get("validation") != fingerprint(val_images):
+                content["note"] = "the generator may have been trained on the pictures that choose the update here"
+                print(f"note: {content['note']} (other dataset, order, classes or val_fraction)")
     os.makedirs(out_dir, exist_ok=True)
     print(
-        f"{n_train} real and {len(synthetic[0])} synthetic training pictures, {len(images) - n_train} for validation, "
-        f"{len(test_images)} for the test; {n_in}-{'-'.join(map(str, hidden))}-{K} on {device}, "
+        f"{n_train} real and {len(synthetic[0])} synthetic training pictures, {len(val_images)} for validation, "
+        f"{len(test_images)} for the test; {n_in}-{'-'.join(map(str, hidden))}-{K} on {on}, {str(precision)[6:]}, "
         f"{max_iters} updates of {batch_size}"
     )
+    result = os.path.join(out_dir, "classifier_amounts.json" if amounts else "classifier.json")
 
     def run(arm, k, n_real, n_synthetic):
-        """Trains one classifier, and uses the test pictures once."""
+        """Trains one classifier, uses the test pictures once, and keeps what came out."""
         pictures = arm_pictures(arm, real, synthetic, n_real, n_synthetic, k)
         if len(pictures[0]) == 0:
             raise DataError(f"arm {arm}: no pictures")
-        model, result = train(*pictures, images[n_train:], labels[n_train:], K, k, settings)
-        guess = predict(model, test_images, gray, device).numpy()
-        confusion = np.bincount(test_labels * K + guess, minlength=K * K).reshape(K, K)
+        model, best = train(*pictures, val_images, val_labels, K, k, settings)
+        guess = predict(model, test_images, gray, on).numpy()
+        confusion = np.bincount(test_labels * K + guess, minlength=K * K).reshape(K, K).tolist()
         test = float((guess == test_labels).mean())
+        content["runs"].append(dict(arm=arm, seed=k, pictures=len(pictures[0]), n_real=n_real, n_synthetic=n_synthetic))
+        content["runs"][-1] |= best | {"test": test, "confusion": confusion}
+        save_json(result, content)
         print(
-            f"seed {k} {arm:<15} {len(pictures[0]):6d} pictures: validation {result['val']:.2%} "
-            f"at update {result['step']}, test {test:.2%}, {result['seconds']:.0f} s",
+            f"seed {k} {arm:<15} {len(pictures[0]):6d} pictures: validation {best['val']:.2%} "
+            f"at update {best['step']}, test {test:.2%}, {best['seconds']:.0f} s",
             flush=True,
         )
-        if arm == "real" and k == seed and n_real == 0:
-            save_classifier(os.path.join(out_dir, "classifier.pt"), model, names, model_shape, gray)
-        about = dict(arm=arm, seed=k, n_real=n_real, n_synthetic=n_synthetic, pictures=len(pictures[0]), test=test)
-        return about | result | {"confusion": confusion.tolist()}
+        if arm == "real" and k == seed and n_real == 0 and not amounts:
+            path, size = os.path.join(out_dir, "classifier.pt"), (shape[2], *shape[:2])
+            save_classifier(path, model, names, size, gray)
+        return content["runs"][-1]
 
-    model_shape = (images.shape[3], *images.shape[1:3])
-    content = {
-        "config": config,
-        "synthetic": manifest and {k: manifest[k] for k in ("settings", "trained_on", "counts")},
-    }
-    if sweep:
-        content["runs"] = sweep_table(run, n_train, len(synthetic[0]))
-        result = os.path.join(out_dir, "classifier_sweep.json")
+    if amounts:
+        amounts_table(run, n_train, len(synthetic[0]))
     else:
-        runs = compare(run, arms, seeds)
-        content["runs"] = [r for arm in arms for r in runs[arm]]
-        content["verdict"] = verdict(runs, names) if "real" in runs and len(arms) > 1 else ""
-        print(f"\n{content['verdict']}")
-        result = os.path.join(out_dir, "classifier.json")
-    save_json(result, content)
+        runs = {arm: [] for arm in chosen}
+        for k in range(seed, seed + seeds):
+            for arm in chosen:
+                runs[arm].append(run(arm, k, n_real, n_synthetic))
+        report(runs, names, out_dir)
+        if "real" in runs and len(runs) > 1:
+            content["verdict"] = verdict(runs, names)
+            print(f"\n{content['verdict']}")
+        save_json(result, content)
+        print(f"wrote {os.path.join(out_dir, 'confusion.png')}")
     print(f"wrote {result}")
+
+
+if __name__ == "__main__":
+    config, given = configure(globals())
+    main()

@@ -16,6 +16,7 @@ import types
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PLAIN = (bool, int, float, str, tuple)
+CALL = "config, given = configure("  # the line that ends a script's settings
 
 
 class ConfigError(ValueError):
@@ -38,15 +39,23 @@ def report(kind, error, trace):
 
 
 def assignments(path):
-    """[(key, line number, comment)] of the plain assignments at the top level of a Python file."""
+    """[(key, line number, comment)] of the names that a Python file sets outside of functions, down to `configure(`."""
     with open(path, encoding="utf-8") as f:
         source = f.read()
-    lines, found = source.splitlines(), []
-    for node in ast.walk(ast.parse(source, path)):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            comment = lines[node.lineno - 1].partition("  # ")[2]
-            found.append((node.id, node.lineno, comment))
+    lines, found, todo = source.splitlines(), [], [ast.parse(source, path)]
+    end = next((i for i, line in enumerate(lines) if CALL in line), len(lines))
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.lineno <= end:
+            found.append((node.id, node.lineno, lines[node.lineno - 1].partition("  # ")[2]))
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.GeneratorExp)):
+            todo += ast.iter_child_nodes(node)
     return sorted(found, key=lambda entry: entry[1])
+
+
+def is_script(path):
+    with open(path, encoding="utf-8") as f:
+        return f"{CALL}globals()" in f.read()
 
 
 def hint(key, known):
@@ -54,13 +63,12 @@ def hint(key, known):
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if near:
         return f"did you mean {near[0]!r}?"
-    for name in sorted(os.listdir(HERE)):
-        if name.endswith(".py") and name != os.path.basename(sys.argv[0]):
-            path = os.path.join(HERE, name)
-            with open(path, encoding="utf-8") as f:
-                is_script = "config, given = configure(globals()" in f.read()
-            if is_script and key in [k for k, _, _ in assignments(path) if k.islower()]:
-                return f"it is a key of {name}"
+    scripts = [
+        name for name in sorted(os.listdir(HERE)) if name.endswith(".py") and is_script(os.path.join(HERE, name))
+    ]
+    homes = [name for name in scripts if key in [k for k, _, _ in assignments(os.path.join(HERE, name)) if k.islower()]]
+    if homes:
+        return f"it is a key of {' and '.join(homes)}"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else "--help lists the keys"
 
@@ -92,7 +100,7 @@ def parse(text, wanted):
 
 
 def print_help(doc, defaults, optional):
-    comments = {key: comment for key, _, comment in reversed(assignments(sys.argv[0]))}  # the first one counts
+    comments = {key: comment for key, _, comment in assignments(sys.argv[0])}
     print((doc or "").strip() + "\n\nkeys (--key=value):")
     for key, value in defaults.items():
         kind = f" ({optional[key].__name__})" if key in optional else ""

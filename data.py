@@ -69,6 +69,11 @@ def read_json(path):
         raise DataError(f"{path} is damaged or no JSON file ({e})") from None
 
 
+def fingerprint(images):
+    """SHA-256 of pictures (N, H, W, C), in hex: tells whether two programs hold the same ones in the same order."""
+    return hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
+
+
 def file_hash(path):
     """SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as f:
@@ -85,10 +90,6 @@ def load_array(path, **how):
 
 def write_shards(folder, images, labels, class_names, shard_size=10000):
     """Writes images (N, H, W, C) and labels (N,), or None for pictures without classes, as uint8 shards."""
-    if labels is not None and np.max(labels, initial=0) > 255:
-        raise DataError(
-            f"{folder}: labels up to {np.max(labels)}, but shards hold at most 256 classes: keep fewer with classes="
-        )
     os.makedirs(folder, exist_ok=True)
     for i, start in enumerate(range(0, len(images), shard_size)):
         part = slice(start, start + shard_size)
@@ -99,13 +100,24 @@ def write_shards(folder, images, labels, class_names, shard_size=10000):
 def write_shard(folder, i, images, labels):
     """Writes shard i, the labels first: where there are pictures, their labels are there."""
     if labels is not None:
+        if np.max(labels, initial=0) > 255:
+            raise DataError(
+                f"{folder}: label {np.max(labels)}, but shards hold at most 256 classes: keep fewer with classes="
+            )
         save_array(f"{folder}/labels_{i:05d}.npy", np.asarray(labels, dtype=np.uint8))
     save_array(f"{folder}/images_{i:05d}.npy", np.asarray(images, dtype=np.uint8))
 
 
+def shard_files(folder):
+    """The paths of all pictures and labels in a shard folder."""
+    return sorted(p for kind in ("images", "labels") for p in glob.glob(f"{glob.escape(folder)}/{kind}_*.npy"))
+
+
 def check_manifest(folder):
-    """Raises DataError, naming the file, unless the shards are the ones that the folder's manifest.json lists."""
+    """Raises DataError, naming the file, unless the shards are the ones that augment.py's manifest.json lists."""
     manifest = read_json(f"{folder}/manifest.json")
+    if not {"complete", "settings", "shards"} <= manifest.keys():
+        raise DataError(f"{folder}/manifest.json is not of augment.py's making")
     if not manifest["complete"]:
         raise DataError(f"{folder} is not complete: run augment.py again with the same settings, it goes on")
     for name, digest in manifest["shards"].items():
@@ -114,7 +126,7 @@ def check_manifest(folder):
             raise DataError(f"{path} is missing, but manifest.json lists it: run augment.py again to make it anew")
         if file_hash(path) != digest:
             raise DataError(f"{path} is not the file that manifest.json lists: truncated, changed or from elsewhere")
-    for path in glob.glob(f"{glob.escape(folder)}/*_?????.npy"):
+    for path in shard_files(folder):
         if os.path.basename(path) not in manifest["shards"]:
             raise DataError(f"{path} is not in manifest.json: it is from elsewhere")
 
@@ -296,7 +308,7 @@ def load(dataset, split="train", data_dir="data", image_size=0, classes=""):
         if not os.path.isdir(source) or (split == "test" and not splits):
             return None, None, []
         split_folder = source
-        if not has_shards(source):
+        if not has_shards(source) and not os.path.exists(f"{source}/manifest.json"):
             size = image_size or 64
             listing = sorted(
                 (str(p), os.stat(p).st_mtime_ns) for p in glob.glob(f"{glob.escape(source)}/**", recursive=True)
@@ -346,10 +358,23 @@ def select(images, labels, names, classes):
     ids = class_ids(classes, names)
     if len(set(ids)) < len(ids):
         raise DataError(f"classes={classes} names a class twice")
-    renumbered = np.full(len(names), -1)
+    if labels is None:
+        raise DataError(f"classes={classes}: these pictures have no labels")
+    renumbered = np.full(len(names), -1, dtype=np.int64)
     renumbered[ids] = np.arange(len(ids))
     kept = np.flatnonzero(renumbered[labels] >= 0)
     return images[kept], renumbered[labels[kept]], [names[k] for k in ids]
+
+
+def training_count(n, val_fraction):
+    """How many of n pictures are for training; the rest, the last ones, are for validation: the same for every seed.
+
+    Raises DataError where val_fraction leaves none for validation.
+    """
+    n_val = int(n * val_fraction)
+    if n_val == 0 and val_fraction > 0:
+        raise DataError(f"val_fraction={val_fraction} of {n} pictures leaves none for validation")
+    return n - n_val
 
 
 class Batches:

@@ -676,28 +676,26 @@ def guidance_weight(w, guidance_scale, default, model):
     if w is not None and guidance_scale is not None:
         raise DDPMError("give w or guidance_scale (= 1 + w), not both")
     if guidance_scale is not None:
-        return guidance_scale - 1
+        return round(guidance_scale - 1, 12)  # 1.3 - 1 is not 0.3 in binary
     return w if w is not None else default if model.K and model.config.p_uncond > 0 else 0.0
 
 
-def find_checkpoint(out_dir, pretrained):
-    """The path of out_dir's checkpoint, or, where a folder named `out` has none, that of the pretrained weights."""
+def open_checkpoint(out_dir, pretrained, device="cpu"):
+    """(path, checkpoint) of out_dir; where a folder named `out` has none, of the pretrained weights, and says so."""
     path = os.path.join(out_dir, "ckpt.pt")
-    if os.path.exists(path) or not os.path.isdir(pretrained) or os.path.basename(os.path.normpath(out_dir)) != "out":
-        return path
-    return next((os.path.join(pretrained, n) for n in sorted(os.listdir(pretrained)) if n.endswith(".pt")), path)
-
-
-def trained_on(checkpoint):
-    """Which pictures a checkpoint's model has seen: a dict of dataset, classes and val_fraction; {} if not known."""
-    known = checkpoint.get("trained_on") or checkpoint.get("config") or {}
-    return {key: known[key] for key in ("dataset", "classes", "val_fraction") if key in known}
+    is_out = os.path.basename(os.path.normpath(out_dir)) == "out"
+    if is_out and not os.path.exists(path) and os.path.isdir(pretrained):
+        name = next((n for n in sorted(os.listdir(pretrained)) if n.endswith(".pt")), None)
+        if name:
+            path = os.path.join(pretrained, name)
+            print(f"{out_dir} holds no checkpoint: using the pretrained weights/{name}")
+    return path, load_checkpoint(path, device)
 
 
 def export_weights(path, checkpoint):
     """Writes what sampling needs of a checkpoint, the averaged weights as float16: a few MB to hand on."""
     shadow = {name: p.half() for name, p in checkpoint["ema"]["shadow"].items()}
-    kept = {key: checkpoint[key] for key in ("model_args", "step")} | {"trained_on": trained_on(checkpoint)}
+    kept = {key: checkpoint[key] for key in ("model_args", "step", "trained_on") if key in checkpoint}
     save_checkpoint(path, kept | {"ema": {"updates": checkpoint["ema"]["updates"], "shadow": shadow}})
 
 

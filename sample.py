@@ -13,15 +13,7 @@ import torch
 
 from configurator import HERE, ConfigError, configure, parse, progress
 from data import class_ids, tile
-from ddpm import (
-    PictureNoise,
-    choose_device,
-    find_checkpoint,
-    guidance_weight,
-    load_checkpoint,
-    model_from_checkpoint,
-    to_uint8,
-)
+from ddpm import PictureNoise, choose_device, guidance_weight, model_from_checkpoint, open_checkpoint, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = "out"  # the checkpoint is here, and the pictures go here
@@ -49,10 +41,7 @@ SWEEPABLE = ("w", "guidance_scale", "sampler", "steps", "eta", "variance", "clip
 if num_samples < 0 or batch_size < 1:
     raise ConfigError(f"num_samples={num_samples} and batch_size={batch_size} must be positive")
 device, amp_dtype, use_compile = choose_device(device, dtype, use_compile)
-path = find_checkpoint(out_dir, os.path.join(HERE, "weights"))
-checkpoint = load_checkpoint(path, device)
-if path != os.path.join(out_dir, "ckpt.pt"):
-    print(f"{out_dir} holds no checkpoint: using the pretrained weights/{os.path.basename(path)}")
+path, checkpoint = open_checkpoint(out_dir, os.path.join(HERE, "weights"), device)
 
 sweep_key, _, sweep_text = sweep.partition("=")
 if sweep and (sweep_key not in SWEEPABLE or not sweep_text):

@@ -641,7 +641,7 @@ def finite_difference(f, x, h=1e-6):
 @pytest.mark.parametrize("B,sizes", ((1, (3, 2)), (4, (5, 7, 3)), (7, (6, 4, 9, 2)), (2, (4, 1, 5))))
 def test_31_gradients_equal_autograd_and_finite_differences(double, B, sizes):
     model, loss = (
-        classifier.MLP(sizes, param_dtype=torch.float64, dtype=torch.float64),
+        classifier.MLP(sizes),
         classifier.SoftmaxCrossEntropy(),
     )
     model.params.normal_(generator=torch.Generator().manual_seed(1))
@@ -666,11 +666,11 @@ def test_31_gradients_equal_autograd_and_finite_differences(double, B, sizes):
 
 
 def test_31_every_layer_returns_the_gradient_of_its_input(double):
-    W, b, x = torch.randn(5, 3), torch.randn(3), torch.randn(4, 5)
+    x, linear, dropout = torch.randn(4, 5), classifier.Linear(5, 3, dtype=torch.float64), classifier.Dropout(0.5)
     layers = [
-        (classifier.Linear(W, b, torch.zeros(5, 3), torch.zeros(3), torch.float64), lambda x: x @ W + b),
+        (linear, lambda x: x @ linear.W + linear.b),
         (classifier.ReLU(), F.relu),
-        (classifier.Dropout(0.5, torch.Generator().manual_seed(0)), lambda x: x * layers[2][0].mask),
+        (dropout, lambda x: x * dropout.mask),
     ]
     for layer, function in layers:
         y = layer.forward(x, training=True)
@@ -707,7 +707,7 @@ def test_dropout_of_the_classifier():
 
 @pytest.mark.parametrize("kind", ("sgd", "adamw"))
 def test_optimisers_equal_torchs(double, kind):
-    model = classifier.MLP((3, 4, 2), param_dtype=torch.float64, dtype=torch.float64)
+    model = classifier.MLP((3, 4, 2))
     mine = classifier.OPTIMIZERS[kind](model, weight_decay=0.1)
     theirs = [p.clone().requires_grad_() for p in (model.params[:20], model.params[20:])]  # matrices, biases
     if kind == "sgd":
@@ -761,8 +761,7 @@ def test_the_classifier_learns_and_returns_its_best_update():
         assert train(**more)[1]["val"] > 0.5, more
 
 
-def test_32_arms_are_fair(monkeypatch):
-    """Equal updates and initial weights, the choice on validation pictures, the test pictures after it, once."""
+def test_32_arms_get_equal_weights_and_updates(monkeypatch):
     images = np.arange(60, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2)
     real = images[:30], np.arange(30) % 3
     synthetic = images[30:], np.arange(30) % 3
@@ -776,11 +775,9 @@ def test_32_arms_are_fair(monkeypatch):
     x, y = classifier.arm_pictures("real+synthetic", real, synthetic, 9, 6, seed=1)
     assert np.bincount(y[:9]).tolist() == [3, 3, 3] and np.bincount(y[9:]).tolist() == [2, 2, 2]
     assert len(set(x[:, 0, 0, 0])) == 15
-    starts, updates = [], []
-    mlp, step = classifier.MLP, classifier.AdamW.step
-    monkeypatch.setattr(classifier, "MLP", lambda *a: starts.append(mlp(*a)) or starts[-1])
+    updates, kept, step = [], [], classifier.AdamW.step
     monkeypatch.setattr(classifier.AdamW, "step", lambda self, lr: updates.append(lr) or step(self, lr))
-    monkeypatch.setattr(classifier.AdamW, "__init__", keep_start(classifier.AdamW.__init__, kept := []))
+    monkeypatch.setattr(classifier.AdamW, "__init__", keep_start(classifier.AdamW.__init__, kept))
     for arm in classifier.ARMS:
         pictures = classifier.arm_pictures(arm, real, synthetic, 0, 0, seed=0)
         classifier.train(*pictures, *real, 3, 0, classifier_settings())
@@ -796,27 +793,65 @@ def keep_start(init, kept):
     return wrapped
 
 
+def test_32_the_best_validation_is_kept(monkeypatch):
+    """Validation goes up, then down: the weights and the number of the best update come back."""
+    images, labels, seen = np.zeros((30, 4, 4, 3), np.uint8), np.arange(30) % 3, []
+    right = iter((10, 25, 20))
+
+    def predict(model, *_):
+        seen.append(model.params.clone())
+        wrong = torch.from_numpy(labels.copy())
+        wrong[next(right) :] = -1
+        return wrong
+
+    monkeypatch.setattr(classifier, "predict", predict)
+    model, best = classifier.train(images, labels, images, labels, 3, 0, classifier_settings())
+    assert best["step"] == 20 and best["val"] == pytest.approx(25 / 30)
+    assert torch.equal(model.params, seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+def test_32_the_test_pictures_choose_nothing(shards, tmp_path, capfd):
+    found = []
+    for name in ("a", "b"):  # two data sets that differ in their test pictures alone
+        shutil.copytree(f"{shards}/tiny", tmp_path / name)
+        if name == "b":
+            images, labels, names = data.read_shards(f"{tmp_path}/b/test")
+            data.write_shards(f"{tmp_path}/b/test", images[::-1], labels, names)
+        flags = classifier_flags(str(tmp_path), str(tmp_path / name), "", dataset=f"{tmp_path}/{name}", arms="real")
+        assert cli(capfd, "classifier.py", *flags)[0] == 0
+        found.append(data.read_json(f"{tmp_path}/{name}/classifier.json")["runs"])
+    for a, b in zip(*found):
+        assert (a["step"], a["val"]) == (b["step"], b["val"]) and a["confusion"] != b["confusion"]
+
+
 def test_statistics_against_published_tables():
     for df, t in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)):
         assert classifier.t_quantile(df) == pytest.approx(t, abs=6e-4)
     mean, error, half = classifier.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert (mean, error) == (3, pytest.approx(math.sqrt(0.5))) and half == pytest.approx(2.776 * error, rel=1e-3)
-    assert math.isnan(classifier.interval([1.0])[1])
+    assert classifier.interval([1.0]) == (1.0, None, None)
 
 
 def test_the_verdict_says_what_the_numbers_say():
     def runs(*tests):
         return [{"test": t, "confusion": [[round(100 * t), 100 - round(100 * t)], [0, 100]]} for t in tests]
 
-    base = runs(0.50, 0.51, 0.52)
-    text = classifier.verdict({"real": base, "real+synthetic": runs(0.60, 0.61, 0.63)}, ["cat", "dog"])
-    assert "+10.33 points" in text and "helped" in text and "up (interval of their own without zero): cat +10.3" in text
-    text = classifier.verdict({"real": base, "real+synthetic": runs(0.40, 0.41, 0.43)}, ["cat", "dog"])
-    assert "-9.67 points" in text and "hurt" in text and "down (interval of their own without zero): cat -9.7" in text
-    text = classifier.verdict({"real": base, "real+synthetic": runs(0.40, 0.61, 0.53)}, ["cat", "dog"])
-    assert "includes zero" in text and "helped" not in text and "hurt" not in text
-    text = classifier.verdict({"real": base[:1], "real+synthetic": runs(0.60)}, ["cat", "dog"])
-    assert "one seed cannot tell" in text and "interval [" not in text
+    def verdict(synthetic, control=None):
+        arms = {"real": runs(0.50, 0.51, 0.52)[: len(synthetic)], "real+synthetic": runs(*synthetic)}
+        return classifier.verdict(arms | ({"real+real": runs(*control)} if control else {}), ["cat", "dog"])
+
+    text = verdict((0.60, 0.61, 0.63))
+    assert "changes by +10.33 points" in text and "helped" in text and "gain, at 95% each: cat +10.3" in text
+    assert "lose, at 95% each: none" in text
+    text = verdict((0.40, 0.41, 0.43))
+    assert "-9.67 points" in text and "hurt" in text and "lose, at 95% each: cat -9.7" in text
+    text = verdict((0.40, 0.61, 0.53))
+    assert "no effect was shown" in text and "helped" not in text and "hurt" not in text
+    text = verdict((0.60,))
+    assert "One seed cannot tell" in text and "interval [" not in text
+    text = verdict((0.60, 0.61, 0.63), (0.60, 0.61, 0.62))  # the control gains as much
+    assert "no effect was shown" in text and "Against that control synthetic pictures make +0.33" in text
+    assert "helped" in verdict((0.60, 0.61, 0.63), (0.51, 0.50, 0.52))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1160,8 +1195,10 @@ def test_30_settings_are_checked(shards, trained, tmp_path, capfd):
     config.write_text("lr = 1 / 0\n")
     assert "ZeroDivisionError" in one_line(cli(capfd, "train.py", str(config)))
     assert "no config file 'config/nothing.py'" in one_line(cli(capfd, "train.py", "config/nothing.py"))
-    assert "flag: unknown key 'sampler': it is a key of sample.py" in one_line(cli(capfd, "train.py", "--sampler=ddim"))
-    assert "it is a key of train.py" in one_line(cli(capfd, "sample.py", "--weight_decay=1"))
+    assert "flag: unknown key 'sampler': it is a key of augment.py and sample.py" in one_line(
+        cli(capfd, "train.py", "--sampler=ddim")
+    )
+    assert "it is a key of train.py" in one_line(cli(capfd, "sample.py", "--beta_end=1"))
     assert "did you mean 'max_iters'" in one_line(cli(capfd, "train.py", "--max_iter=5"))
     assert "is not of type int" in one_line(cli(capfd, "train.py", "--batch_size=2.5"))
     assert "is not of type bool" in one_line(cli(capfd, "train.py", "--hflip=1"))
@@ -1369,7 +1406,7 @@ def test_augment_refuses_other_settings_and_foreign_shards(trained, synthetic, t
     assert "per_class=7, not 2" in refused(per_class=2)
     assert "not both" in refused(w=1, guidance_scale=2)
     assert "must be in (0, 1]" in refused(keep=0) and "must be at least 1" in refused(per_class=0)
-    assert "names a class twice" in refused(classes="bird,bird")
+    assert "names a class twice" in refused(classes="bird,bird") and "or none" in refused(classes=",")
     assert "no classifier" in refused(keep=0.5) and "python classifier.py" in refused(keep=0.5)
     path = f"{folder}/images_00001.npy"
     with open(path, "r+b") as f:
@@ -1386,7 +1423,47 @@ def test_augment_refuses_other_settings_and_foreign_shards(trained, synthetic, t
     assert "unknown key 'hidden': it is a key of classifier.py" in one_line(cli(capfd, "augment.py", "--hidden=1"))
 
 
-@pytest.mark.parametrize("what", ("truncated", "missing", "foreign", "mislabelled", "cut off"))
+@pytest.mark.parametrize("change", ({}, {"overwrite": True, "seed": 5}))
+def test_26_augment_cut_off_between_any_two_writes(change, trained, synthetic, tmp_path, capfd, monkeypatch):
+    """Stops before the N-th renaming or removal, for every N: what is there is refused or right; a new start mends."""
+    after = str(tmp_path / "after")
+    assert cli(capfd, "augment.py", *augment_flags(trained, after, **change))[0] == 0
+    before, after, n = contents(synthetic), contents(after), 0
+
+    class CutOff(BaseException):
+        pass
+
+    def counted(function):
+        def wrapped(*args):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise CutOff
+            return function(*args)
+
+        return wrapped
+
+    ended = False
+    while not ended:
+        folder, left = str(tmp_path / str(n)), n
+        shutil.copytree(synthetic, folder) if change else os.makedirs(folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", counted(os.replace))
+            patch.setattr(os, "remove", counted(os.remove))
+            ended = cli(capfd, "augment.py", *augment_flags(trained, folder, **change))[0] == 0
+        try:
+            data.load(folder)
+            assert contents(folder) in (before, after)
+        except data.DataError:
+            assert not ended
+        assert cli(capfd, "augment.py", *augment_flags(trained, folder, **change))[0] == 0
+        data.load(folder)
+        assert contents(folder) == after
+        n += 1
+    assert n > 12
+
+
+@pytest.mark.parametrize("what", ("truncated", "missing", "foreign", "mislabelled", "renamed classes", "cut off"))
 def test_damaged_synthetic_sets_are_one_line_that_names_the_file(what, synthetic, shards, tmp_path, capfd):
     folder = f"{tmp_path}/s"
     shutil.copytree(synthetic, folder)
@@ -1394,10 +1471,13 @@ def test_damaged_synthetic_sets_are_one_line_that_names_the_file(what, synthetic
     if what == "truncated":
         with open(path, "r+b") as f:
             f.truncate(os.path.getsize(path) - 1)
+    elif what == "renamed classes":
+        path = f"{folder}/classes.json"
+        data.save_json(path, ["bird", "automobile", "airplane"])
     elif what == "missing":
         os.remove(path)
     elif what == "foreign":
-        path = f"{folder}/images_00007.npy"
+        path = f"{folder}/images_extra.npy"
         shutil.copy(f"{folder}/images_00001.npy", path)
     elif what == "mislabelled":
         path = labels
@@ -1443,13 +1523,14 @@ def test_the_comparison_runs_and_writes_what_it_says(shards, trained, synthetic,
     status, text = cli(capfd, "classifier.py", *classifier_flags(shards, str(tmp_path), synthetic))
     assert status == 0, text
     found = data.read_json(f"{tmp_path}/classifier.json")
-    assert [(r["arm"], r["seed"]) for r in found["runs"]] == [(a, k) for a in classifier.ARMS for k in (0, 1)]
+    assert [(r["arm"], r["seed"]) for r in found["runs"]] == [(a, k) for k in (0, 1) for a in classifier.ARMS]
     for run in found["runs"]:
         confusion = np.array(run["confusion"])
         assert confusion.sum() == 60 and run["test"] == pytest.approx(np.trace(confusion) / 60)
         assert run["step"] in (3, 6) and run["pictures"] == {"real": 54, "synthetic": 21}.get(run["arm"], 75)
     assert found["verdict"] in text and "2 seeds" in found["verdict"]
     assert found["synthetic"]["settings"]["w"] == 0.3 and "±" in text and "note:" not in text
+    assert text.count("minus real by class") == 3
     from PIL import Image
 
     assert Image.open(f"{tmp_path}/confusion.png").width > 4 * 3 * 28
@@ -1475,14 +1556,14 @@ def test_the_comparison_runs_and_writes_what_it_says(shards, trained, synthetic,
             assert torch.allclose(trust[start : start + 6][k::3].sort().values, best, atol=1e-2)
 
 
-def test_the_sweep_and_what_it_cannot_do(shards, synthetic, tmp_path, capfd):
-    flags = classifier_flags(shards, str(tmp_path), synthetic, sweep=True, sweep_real="9,54", sweep_ratio="0.5,2")
+def test_the_table_of_amounts_and_what_it_cannot_do(shards, synthetic, tmp_path, capfd):
+    flags = classifier_flags(shards, str(tmp_path), synthetic, amounts="9,54,60", ratios="0.5,2")
     status, text = cli(capfd, "classifier.py", *flags)
     assert status == 0, text
-    runs = data.read_json(f"{tmp_path}/classifier_sweep.json")["runs"]
+    runs = data.read_json(f"{tmp_path}/classifier_amounts.json")["runs"]
     cells = [(r["n_real"], r["n_synthetic"]) for r in runs[::2]]
     assert cells == [(9, 0), (9, 4), (9, 18), (54, 0)]
-    assert "only 21 synthetic pictures are there" in text and "minus none" in text
+    assert "not run, there are 21 synthetic pictures" in text and text.count("95% interval") == 2
 
 
 def test_errors_of_the_classifier_are_one_line(shards, synthetic, tmp_path, capfd):
@@ -1493,9 +1574,14 @@ def test_errors_of_the_classifier_are_one_line(shards, synthetic, tmp_path, capf
     assert "arms: 'fake' is not one of real, real+synthetic" in run(arms="fake")
     assert "optimizer: 'lion' is not one of sgd, adamw" in run(optimizer="lion")
     assert "seeds: 0 must be at least 1" in run(seeds=0) and "val_fraction" in run(val_fraction=0.0)
+    assert "names one twice" in run(arms="real,real") and "whole numbers" in run(hidden="0.5")
+    assert "dtype: 'float16' is not one of" in run(dtype="float16") and "leaves none" in run(val_fraction=0.01)
+    assert "100 pictures were asked for, but there are 54" in run(n_real=100)
     assert "the weights are not finite by update" in run(lr=1e30, arms="real")
     assert "unknown key 'keep': it is a key of augment.py" in run(keep=1)
-    assert "pictures (8, 8, 3), wanted (32, 32, 3)" in run(dataset=f"{shards}/cifar10", classes="bird")
+    assert "pictures (8, 8, 3), wanted (32, 32, 3)" in run(
+        dataset=f"{shards}/cifar10", classes="bird", val_fraction=0.5
+    )
     status, text = cli(capfd, "classifier.py", *classifier_flags(shards, str(tmp_path), "", bench=True))
     assert status == 0 and "torch.nn, fused optimiser" in text
     flags = classifier_flags(shards, str(tmp_path), synthetic, val_fraction=0.3, seeds=1)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import ConfigError, configure
-from data import Batches, DataError, load, tile
+from data import Batches, DataError, fingerprint, load, tile, training_count
 from ddpm import (
     DDPM,
     EMA,
@@ -137,10 +137,9 @@ if test_images is not None and (test_names != names or (test_labels is None) != 
 if not conditional or labels is None:
     labels = test_labels = None
     names = names if len(names) == 1 else []  # a model of one class knows what it draws
-n_val = int(len(images) * val_fraction)
-if n_val == 0 and val_fraction > 0:
-    raise DataError(f"val_fraction={val_fraction} of {len(images)} pictures leaves none for validation")
-n_train = len(images) - n_val  # the validation pictures are the last ones: the same for every seed
+n_train = training_count(len(images), val_fraction)
+n_val = len(images) - n_train
+trained_on = dict(dataset=dataset, classes=classes, val_fraction=val_fraction, validation=fingerprint(images[n_train:]))
 batches = Batches(
     images[:n_train], None if labels is None else labels[:n_train], batch_size, seed, hflip, crop, 0, device
 )
@@ -223,6 +222,7 @@ def save(step):
     content |= dict(
         sums=train_sums, scaler=scaler.state_dict(), model_args=asdict(model.config), config=config, history=history
     )
+    content["trained_on"] = trained_on
     save_checkpoint(f"{out_dir}/ckpt.pt", content)
     with open(f"{out_dir}/log.json.tmp", "w", encoding="utf-8") as f:
         json.dump(history, f)
