@@ -387,10 +387,11 @@ def confusion_picture(matrices, names, cell=28):
     from PIL import Image, ImageDraw
 
     K, margin, top = len(names), 8 + 7 * max(map(len, names)), 44
-    sheet = Image.new("RGB", (len(matrices) * (margin + K * cell + 12), top + K * cell + 8), "white")
+    panel = margin + max(K * cell, 7 * max(map(len, matrices))) + 12
+    sheet = Image.new("RGB", (len(matrices) * panel, top + K * cell + 8), "white")
     draw = ImageDraw.Draw(sheet)
     for m, (title, matrix) in enumerate(matrices.items()):
-        left = m * (margin + K * cell + 12) + margin
+        left = m * panel + margin
         draw.text((left, 6), title, fill="black")
         for i, name in enumerate(names):
             draw.text((left - 6, top + i * cell + cell // 2), name, fill="black", anchor="rm")
