@@ -15,6 +15,7 @@ import math
 import os
 import statistics
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -140,8 +141,7 @@ class MLP:
     """Linear, ReLU, Dropout, …, Linear: x (B, sizes[0]) -> logits (B, sizes[-1]). Drawn from the seed, on any device.
 
     All weights lie in one vector `params`, their gradients in `grads`, which the optimiser walks through and a copy of
-    which is a checkpoint: first the n_decayed values of the matrices, then the biases. `dtype` is that of the matrix
-    products, except the last layer's.
+    which is a checkpoint. `dtype` is that of the matrix products, except the last layer's.
     """
 
     def __init__(self, sizes, dropout=0.0, seed=0, device="cpu", dtype=None):
@@ -149,7 +149,6 @@ class MLP:
         linears = [Linear(a, b, generator, dtype or torch.get_default_dtype()) for a, b in zip(sizes, sizes[1:])]
         linears[0].needs_dx, linears[-1].dtype = False, torch.get_default_dtype()
         tensors = [layer.W for layer in linears] + [layer.b for layer in linears]
-        self.n_decayed = sum(layer.W.numel() for layer in linears)
         self.params = torch.cat([p.flatten() for p in tensors]).to(device)
         self.grads = torch.zeros_like(self.params)
         counts = [p.numel() for p in tensors]
@@ -177,43 +176,36 @@ class SGD:
     """v = momentum v + g; w = w - lr v."""
 
     def __init__(self, model, weight_decay=0.0, momentum=0.9):
-        self.model, self.weight_decay, self.momentum = model, weight_decay, momentum
+        self.weight_decay, self.momentum = weight_decay, momentum
         self.blocks = in_blocks(model.params, model.grads, torch.zeros_like(model.grads))
 
     def step(self, lr):
-        decay(self.model, lr * self.weight_decay)
         for w, g, v in self.blocks:
             v.mul_(self.momentum).add_(g)
-            w.sub_(v, alpha=lr)
+            w.mul_(1 - lr * self.weight_decay).sub_(v, alpha=lr)
 
 
 class AdamW:
     """Kingma and Ba 2015, algorithm 1: w = w - lr m_hat / (sqrt(v_hat) + eps), the hats undoing the start at zero."""
 
     def __init__(self, model, weight_decay=0.0, beta1=0.9, beta2=0.999, eps=1e-8):
-        self.model, self.weight_decay, self.updates = model, weight_decay, 0
+        self.weight_decay, self.updates = weight_decay, 0
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
         m, v = torch.zeros_like(model.grads), torch.zeros_like(model.grads)
         self.blocks = in_blocks(model.params, model.grads, m, v)
 
     def step(self, lr):
         self.updates += 1
-        decay(self.model, lr * self.weight_decay)
         c1, c2 = 1 - self.beta1**self.updates, math.sqrt(1 - self.beta2**self.updates)
         for w, g, m, v in self.blocks:
             m.lerp_(g, 1 - self.beta1)
             v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
-            w.addcdiv_(m, v.sqrt().add_(self.eps * c2), value=-lr * c2 / c1)
+            w.mul_(1 - lr * self.weight_decay).addcdiv_(m, v.sqrt().add_(self.eps * c2), value=-lr * c2 / c1)
 
 
 def in_blocks(*vectors):
     """Vectors cut alike into pieces that a CPU's cache holds, so that all of an update's passes find them there."""
     return list(zip(*(v.split(2**18 if v.device.type == "cpu" else len(v)) for v in vectors)))
-
-
-def decay(model, share):
-    if share:
-        model.params[: model.n_decayed].mul_(1 - share)
 
 
 OPTIMIZERS = {"sgd": SGD, "adamw": AdamW}
@@ -227,7 +219,7 @@ def inputs(images, gray):
     """float (B, C, H, W) in [-1, 1] -> (B, n_in) of about unit variance; gray takes the luminance (ITU-R BT.601)."""
     if gray and images.shape[1] == 3:
         images = (images * images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
-    return 2 * images.movedim(1, -1).flatten(1)  # the memory order of pictures at rest: no copy
+    return 2 * images.movedim(1, -1).flatten(1)  # the memory order of pictures at rest
 
 
 @torch.no_grad()
@@ -496,18 +488,12 @@ def bench_step(settings, n_in, K):
         optimiser.step(s.lr)
 
     def peer(fused):
-        widths = (n_in, *s.hidden)
-        layers = [
-            part for a, b in zip(widths, s.hidden) for part in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(s.dropout))
-        ]
+        layers, widths = [], (n_in, *s.hidden)
+        for a, b in zip(widths, s.hidden):
+            layers += [nn.Linear(a, b), nn.ReLU(), nn.Dropout(s.dropout)]
         net = nn.Sequential(*layers, nn.Linear(widths[-1], K)).to(s.device)
-        how = {"lr": s.lr, "weight_decay": s.weight_decay, "fused": fused or None}
-        sgd = s.optimizer == "sgd"
-        theirs = (
-            torch.optim.SGD(net.parameters(), momentum=0.9, **how)
-            if sgd
-            else torch.optim.AdamW(net.parameters(), **how)
-        )
+        kind = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}[s.optimizer]
+        theirs = kind(net.parameters(), lr=s.lr, weight_decay=s.weight_decay, fused=fused or None)
 
         def step():
             theirs.zero_grad()
