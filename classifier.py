@@ -44,7 +44,7 @@ amounts = ()  # numbers of real pictures: a table over them and the ratios, in p
 ratios = (0.1, 0.5, 1.0, 2.0, 5.0)  # of that table: synthetic pictures for each real one
 bench = False  # True: time a training step beside torch.nn's, and do nothing else
 # the network and its training
-hidden = (2048, 1024)  # units of each hidden layer
+hidden = (1024, 512)  # units of each hidden layer
 gray = False  # True: one luminance in place of three colours (1024 inputs for 32x32 pictures)
 dropout = 0.2  # of hidden units
 hflip = True  # mirror half the pictures

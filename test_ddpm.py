@@ -1307,7 +1307,6 @@ def test_sampling_writes_what_it_says(trained, capfd):
     assert np.array_equal(two[2:18, 80:], two[20:36, 80:])  # equal noise in every row
 
 
-@pytest.mark.skipif(not os.path.isdir(f"{HERE}/weights"), reason="no pretrained weights yet")
 def test_pretrained_weights_are_used_where_there_is_no_checkpoint(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, text = cli(capfd, "sample.py", "--steps=2", "--num_samples=1", "--device=cpu")
@@ -1315,6 +1314,8 @@ def test_pretrained_weights_are_used_where_there_is_no_checkpoint(tmp_path, capf
     assert os.path.exists("out/sample.png")
     for name in os.listdir(f"{HERE}/weights"):
         assert os.path.getsize(f"{HERE}/weights/{name}") <= 8e6
+    trained_on = ddpm.load_checkpoint(f"{HERE}/weights/cifar_small.pt")["trained_on"]
+    assert trained_on["dataset"] == "cifar10" and len(trained_on["validation"]) == 64
     assert "averaged weights alone" in one_line(cli(capfd, "sample.py", "--ema=False"))
 
 
