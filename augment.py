@@ -36,7 +36,7 @@ from data import (
     tile,
     write_shard,
 )
-from ddpm import choose_device, guidance_weight, model_from_checkpoint, open_checkpoint, to_float, to_uint8
+from ddpm import choose_device, guidance_weight, model_from_checkpoint, open_checkpoint, to_float
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = "out"  # the checkpoint is here
@@ -118,13 +118,10 @@ def draw_shard(i, report):
     drawn = math.ceil(n / keep)  # of each class
     first = i * math.ceil(each / keep) * C  # this shard's first picture
     y = torch.tensor(labels_of).repeat(drawn)
-    images = []
-    for part in torch.arange(len(y)).split(batch_size):
-        x = model.sample(
-            y[part] if model.K else None, w, seed, (first + part).tolist(), sampler, steps, eta, clip_x0, variance
-        )
-        images.append(to_uint8(x).cpu())
-        report((part[-1].item() + 1) / len(y))
+    images, how = [], dict(w=w, seed=seed, sampler=sampler, steps=steps, eta=eta, clip_x0=clip_x0, variance=variance)
+    for part in model.draw_pictures(y if model.K else None, range(first, first + len(y)), batch_size, **how):
+        images.append(part)
+        report(sum(map(len, images)) / len(y))
     images = torch.cat(images)
     if judge:
         confidence = torch.cat([judge(to_float(p).to(device)).cpu() for p in images.split(batch_size)])

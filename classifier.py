@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from configurator import ConfigError, configure
-from data import Batches, DataError, fingerprint, load, read_json, save_json, training_count
+from data import Batches, DataError, balanced, fingerprint, load, read_json, save_json, training_count
 from ddpm import DDPMError, choose_device, learning_rate, make_generator, one_of, save_checkpoint, to_float
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,23 +327,6 @@ def change_text(mean, half):
     return f"{mean:+.2f} points" + ("" if half is None else f", 95% interval [{mean - half:+.2f}, {mean + half:+.2f}]")
 
 
-def balanced(labels, n, seed):
-    """n places in labels (N,), as many of each class as there can be, drawn with the seed; 0 is all of them.
-
-    Raises DataError where there are fewer than n.
-    """
-    if n > len(labels):
-        raise DataError(f"{n} pictures were asked for, but there are {len(labels)}")
-    if n == 0:
-        return np.arange(len(labels))
-    order = np.random.default_rng(seed).permutation(len(labels))
-    turn = np.empty(len(labels), dtype=np.int64)  # how many of its class came before, in this order
-    for k in np.unique(labels):
-        mine = order[labels[order] == k]
-        turn[mine] = np.arange(len(mine))
-    return order[np.argsort(turn[order], kind="stable")][:n]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the comparison
 
@@ -561,7 +544,14 @@ def main():
     if bench:
         return bench_step(settings, n_in, K)
     synthetic, folder = [a[:0] for a in real], synthetic_dir or os.path.join(out_dir, "synthetic")
-    content = {"config": config, "device": on, "torch": torch.__version__, "pictures": {"real": n_train}, "runs": []}
+    content = {
+        "config": config,
+        "classes": names,
+        "device": on,
+        "torch": torch.__version__,
+        "pictures": {"real": n_train},
+        "runs": [],
+    }
     if amounts or chosen != ["real"]:
         if not os.path.isdir(folder):
             raise DataError(

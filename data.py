@@ -377,6 +377,23 @@ def training_count(n, val_fraction):
     return n - n_val
 
 
+def balanced(labels, n, seed):
+    """n places in labels (N,), as many of each class as there can be, drawn with the seed; 0 is all of them.
+
+    Raises DataError where there are fewer than n.
+    """
+    if n > len(labels):
+        raise DataError(f"{n} pictures were asked for, but there are {len(labels)}")
+    if n == 0:
+        return np.arange(len(labels))
+    order = np.random.default_rng(seed).permutation(len(labels))
+    turn = np.empty(len(labels), dtype=np.int64)  # how many of its class came before, in this order
+    for k in np.unique(labels):
+        mine = order[labels[order] == k]
+        turn[mine] = np.arange(len(mine))
+    return order[np.argsort(turn[order], kind="stable")][:n]
+
+
 class Batches:
     """Training batches from uint8 pictures that stay on the device. Batch `step` is a pure function of (seed, step).
 

@@ -567,6 +567,15 @@ class DDPM(nn.Module):
                     on_step(i, xt, x0_hat)
         return xt
 
+    def draw_pictures(self, y, indices, batch_size, **how):
+        """Yields the pictures `indices` in batches as uint8 (b, H, W, C) on the CPU; y (N,) labels or None.
+
+        how: what `sample` takes, and what it raises is raised here.
+        """
+        for part in torch.arange(len(indices)).split(batch_size):
+            labels = None if y is None else y[part]
+            yield to_uint8(self.sample(labels, indices=[indices[k] for k in part], **how)).cpu()
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # training: learning rate, exponential moving average of the weights

@@ -32,6 +32,7 @@ import classifier
 import configurator
 import data
 import ddpm
+import evaluate
 from ddpm import DDPM, EMA, DDPMConfig, DDPMError, make_betas, posterior_coefficients, to_float, to_uint8
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -1641,6 +1642,241 @@ def test_the_quick_start_draws_what_was_asked_for(quick_start):
         f"untrained {untrained:.1%}; training took {minutes:.1f} min"
     )
     assert real >= 0.99 and scores[1.8] >= 0.95 and untrained < 0.2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics: distances between sets of features
+
+
+def feature_sets(n=90, k=70, d=12):
+    rng = np.random.default_rng(0)
+    X, Y = rng.normal(1, 1, (n, d)), rng.normal(1.2, 1.4, (k, d)) @ rng.normal(0, 0.4, (d, d))
+    return X.astype(np.float32), Y.astype(np.float32)
+
+
+@pytest.mark.parametrize("block", (7, 1000))
+def test_moments_and_frechet_distance_of_known_gaussians(monkeypatch, block):
+    monkeypatch.setattr(evaluate, "BLOCK", block)
+    X, Y = feature_sets()
+    X = X + 100  # far from zero: nothing may cancel
+    mean, cov = evaluate.moments(X)
+    assert np.allclose(mean, X.astype(np.float64).mean(0), atol=1e-10)
+    assert np.allclose(cov, np.cov(X.astype(np.float64), rowvar=False), atol=1e-9)
+    p, q = evaluate.moments(X), evaluate.moments(Y)
+    assert abs(evaluate.frechet_distance(p, p)) < 1e-9
+    assert evaluate.frechet_distance(p, q) == pytest.approx(evaluate.frechet_distance(q, p), rel=1e-9)
+    mu, sigma = torch.tensor([1.0, 2, 3]).double(), torch.tensor([1.0, 4, 9]).double()
+    one, two = (mu, torch.diag(sigma)), (mu + 2, torch.diag(4 * sigma))
+    assert evaluate.frechet_distance(one, two) == pytest.approx(3 * 4 + 14, rel=1e-12)  # |dmu|^2 + sum (2s - s)^2
+    flat = (mu, torch.zeros(3, 3).double())
+    assert evaluate.frechet_distance(flat, one) == pytest.approx(14, rel=1e-12)  # a point against a Gaussian
+
+
+def test_distances_equal_torch_fidelitys(monkeypatch):
+    from torch_fidelity import metric_fid, metric_kid, metric_prc
+
+    monkeypatch.setattr(evaluate, "BLOCK", 32)
+    X, Y = feature_sets()
+    theirs = metric_fid.fid_statistics_to_metric(
+        *(metric_fid.fid_features_to_statistics(torch.from_numpy(Z)) for Z in (X, Y)), False
+    )["frechet_inception_distance"]
+    assert evaluate.frechet_distance(evaluate.moments(X), evaluate.moments(Y)) == pytest.approx(theirs, rel=1e-3)
+    how = dict(kid_subsets=1, kid_subset_size=70, verbose=False)
+    theirs = metric_kid.kid_features_to_metric(torch.from_numpy(X[:70]), torch.from_numpy(Y), **how)
+    mine = evaluate.kernel_distance(X[:70], Y)
+    assert mine == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
+    assert evaluate.kernel_distance(Y, X[:70]) == pytest.approx(mine, rel=1e-9)
+    theirs = metric_prc.prc_features_to_metric(torch.from_numpy(X), torch.from_numpy(Y), verbose=False)
+    assert evaluate.precision_recall(X, Y) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
+
+
+def test_kernel_distance_is_unbiased_and_its_error_is_right():
+    rng, values, errors = np.random.default_rng(0), [], []
+    for _ in range(60):
+        X, Y = (rng.normal(0, 1, (100, 4)).astype(np.float32) for _ in range(2))
+        value, error = evaluate.kernel_distance_in_parts(X, Y, parts=5)
+        values.append(value)
+        errors.append(error)
+    assert min(values) < 0 < max(values) and abs(np.mean(values)) < 4 * np.std(values) / 60**0.5
+    assert 0.6 < np.mean(errors) / np.std(values) < 1.6
+
+
+def test_nearest_neighbours(monkeypatch):
+    monkeypatch.setattr(evaluate, "BLOCK", 16)
+    X, Y = feature_sets()
+    distances, places = evaluate.nearest(X, Y, 3)
+    table = np.linalg.norm(X[:, None] - Y[None], axis=-1)
+    assert np.array_equal(places.numpy(), np.argsort(table, axis=1)[:, :3])
+    assert np.allclose(distances.numpy(), np.sort(table, axis=1)[:, :3], atol=1e-4)
+    spread = np.full((20, 12), 1e3, dtype=np.float32)
+    assert evaluate.precision_recall(spread, Y) == (0, 0) and evaluate.precision_recall(Y, Y) == (1, 1)
+
+
+def test_damaged_pictures_look_as_they_are_called():
+    images = data.draw_shapes(20, seed=0)[0]
+    change = lambda damaged: (damaged.astype(int) - images).astype(float)  # noqa: E731
+    noise = change(evaluate.noisy(np.full_like(images, 128)) - 128 + images)
+    assert abs(noise.std() - 8) < 0.2 and abs(noise.mean()) < 0.1
+    assert 1 < abs(change(evaluate.jpeg(images))).mean() < 15
+    half = evaluate.halved(images)
+    assert half.shape == images.shape and half.dtype == np.uint8 and 1 < abs(change(half)).mean() < 15
+    flat = np.full((2, 28, 28, 1), 77, dtype=np.uint8)
+    assert np.array_equal(evaluate.halved(flat), flat) and evaluate.jpeg(flat).shape == (2, 28, 28, 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluate.py and plot.py by their command lines
+
+
+@pytest.fixture(scope="session")
+def real_shapes(tmp_path_factory):
+    """A data set of 300 + 300 shapes in a folder, and its first 100 training pictures as a sample folder."""
+    root = tmp_path_factory.mktemp("shapes")
+    for split, seed in (("train", 0), ("test", 1)):
+        images, labels, names = data.draw_shapes(300, seed)
+        data.write_shards(f"{root}/real/{split}", images, labels, names)
+        if split == "train":
+            order = np.argsort(labels, kind="stable").reshape(10, -1)[:, :10].ravel()
+            data.write_shards(f"{root}/copied", images[order], (labels[order] + 3) % 10, [*names[-3:], *names[:-3]])
+    return root
+
+
+def evaluation(capfd, root, *flags):
+    flags = [f"--dataset={root}/real", f"--data_dir={root}/data", "--resize=32", "--device=cpu", *flags]
+    if not any(flag.startswith("--out_dir") for flag in flags):
+        flags.append(f"--out_dir={root}/out")
+    return cli(capfd, "evaluate.py", *flags)
+
+
+def test_33_evaluation_says_what_it_compares(capfd, real_shapes):
+    flags = (f"--samples={real_shapes}/copied", "--per_class=True", "--controls=True")
+    status, text = evaluation(capfd, real_shapes, *flags)
+    assert status == 0
+    for said in ("EfficientNet-Lite0, 1280 features", "resized to 32", "100 pictures of", "train split", "real: test"):
+        assert said in text, said
+    assert "refused" in text and "FID" not in text
+    result = data.read_json(f"{real_shapes}/out/evaluate.json")
+    scores = result["scores"]
+    assert scores["samples"]["fd"] is None and scores["samples"]["n"] == 100
+    kd = {title: (s["kd"], s["kd_error"]) for title, s in scores.items()}
+    assert abs(kd["samples"][0]) < 5 * kd["samples"][1]  # the same pictures, in part
+    assert kd["real: test, half resolution"][0] > kd["real: test"][0] + 5 * kd["real: test"][1]
+    assert len(scores) == 5 + 20 and scores["samples, ring"]["n"] == 10
+    assert result["memorised"]["share"] > 0.5
+    with np.load(next(pathlib.Path(f"{real_shapes}/data/features").glob("real-train-*.npy")), mmap_mode="r") as _:
+        pass
+
+
+def test_samples_that_were_copied_are_found_out(capfd, real_shapes):
+    status, text = evaluation(capfd, real_shapes, f"--samples={real_shapes}/real/train", "--n=300")
+    assert status == 0 and "100.0% ± 0.0% of the samples are nearer" in text
+    result = data.read_json(f"{real_shapes}/out/evaluate.json")
+    assert result["scores"]["samples"]["precision"] == 1 and abs(result["scores"]["samples"]["kd"]) < 1e-9
+    assert os.path.exists(f"{real_shapes}/out/evaluate_nearest.png")
+    status, text = evaluation(capfd, real_shapes, f"--samples={real_shapes}/real/test", "--split=test", "--few=True")
+    assert status == 0 and "refused" not in text
+
+
+def test_features_are_kept_under_a_name_that_tells_all(tmp_path):
+    class Network:
+        d, key, calls = 3, "net-1234", 0
+
+        def __call__(self, images):
+            self.calls += 1
+            return images.reshape(len(images), -1)[:, :3].astype(np.float32)
+
+    network, images = Network(), np.arange(5 * 48, dtype=np.uint8).reshape(5, 4, 4, 3)
+    first = evaluate.features_of(network, images, tmp_path, "reference", "cifar10-train")
+    again = evaluate.features_of(network, images, tmp_path, "reference", "cifar10-train")
+    assert network.calls == 1 and np.array_equal(first, again) and np.array_equal(first, images.reshape(5, -1)[:, :3])
+    evaluate.features_of(network, images + 1, tmp_path, "reference", "cifar10-train")
+    network.key = "net-5678"
+    evaluate.features_of(network, images, tmp_path, "reference", "cifar10-train")
+    assert network.calls == 3
+    assert all(name.startswith("cifar10-train-5-net-") for name in os.listdir(tmp_path))
+
+
+def test_evaluation_of_a_checkpoint(capfd, trained, shards):
+    flags = [f"--dataset={shards}/tiny", f"--data_dir={shards}", f"--out_dir={trained}", "--resize=32", "--n=21"]
+    status, text = cli(capfd, "evaluate.py", *flags, "--w=1", "--steps=3", "--ema=False", "--device=cpu")
+    assert status == 0 and "raw weights, w=1, dpm++, 3 steps, seed 0" in text
+    status, text = cli(capfd, "evaluate.py", *flags, "--steps=3", "--classifier=True", "--cnn_iters=2", "--device=cpu")
+    assert status == 0 and "averaged weights, w=0.3" in text and "trained on samples, tested on real" in text
+
+
+def test_errors_of_evaluate(capfd, real_shapes, shards, trained):
+    run = lambda *flags: one_line(evaluation(capfd, real_shapes, *flags))  # noqa: E731
+    assert "there are 100 samples" in run(f"--samples={real_shapes}/copied", "--n=200")
+    assert "at least 20" in run(f"--samples={real_shapes}/copied", "--n=10")
+    assert "samples are" in run(f"--samples={shards}/tiny") or "pictures are" in run(f"--samples={shards}/tiny")
+    assert "features: 'vgg' is not one of" in run("--features=vgg")
+    assert "no weights file" in run(f"--samples={real_shapes}/copied", "--features=inception", "--weights=nowhere.pth")
+    assert "the checkpoint draws" in run(f"--out_dir={trained}", "--n=30", "--steps=2")
+    assert "no checkpoint" in run("--n=30")
+
+
+def test_inception_weights_are_downloaded_with_a_word_and_an_error_that_helps(
+    capfd, real_shapes, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    result = evaluation(capfd, real_shapes, f"--samples={real_shapes}/copied", "--features=inception")
+    assert "downloading Inception's weights" in result[1] and "use --weights=PATH" in one_line(result)
+
+
+@pytest.fixture(scope="session")
+def random_inception(tmp_path_factory):
+    """A weights file in torch-fidelity's format, of random weights."""
+    from torch_fidelity import feature_extractor_inceptionv3 as theirs
+
+    path = str(tmp_path_factory.mktemp("inception") / "weights.pth")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(theirs, "load_state_dict_from_url", lambda *a, **k: None)
+        patch.setattr(theirs.FeatureExtractorInceptionV3, "load_state_dict", lambda *a: None)
+        torch.manual_seed(0)
+        net = theirs.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    torch.save(net.state_dict(), path)
+    return path
+
+
+@pytest.mark.slow
+def test_33_fid_runs_end_to_end(capfd, real_shapes, random_inception):
+    flags = [f"--samples={real_shapes}/copied", "--features=inception", f"--weights={random_inception}", "--n=40"]
+    assert "FID needs more than 2048 pictures" in one_line(evaluation(capfd, real_shapes, *flags))
+    status, text = evaluation(capfd, real_shapes, *flags, "--few=True")
+    assert status == 0, text
+    for said in ("Inception-v3", "resized to 299", "samples (40 against 40)", "real: test (40 against 40)"):
+        assert said in text, said
+    result = data.read_json(f"{real_shapes}/out/evaluate_inception.json")
+    for key in ("frechet_inception_distance", "inception_score_mean", "kernel_inception_distance_mean", "precision"):
+        assert math.isfinite(result["samples"][key]) and math.isfinite(result["real: test"][key])
+    kept = os.listdir(f"{real_shapes}/data/features")
+    assert any(data.file_hash(random_inception)[:8] in name for name in kept)
+
+
+@pytest.mark.parametrize("kind", ("schedules", "forward", "loss", "confusion", "data"))
+def test_plots(capfd, shards, trained, tmp_path, kind):
+    from PIL import Image
+
+    matrix = np.eye(3, dtype=int).tolist()
+    runs = [{"arm": arm, "test": 0.5, "confusion": matrix} for arm in ("real", "real+synthetic") for _ in range(2)]
+    data.save_json(f"{tmp_path}/classifier.json", {"classes": ["a", "b", "c"], "runs": runs})
+    flags = {
+        "loss": [f"--logs={trained}/log.json,{trained}/log.json"],
+        "forward": [f"--data_dir={shards}"],
+        "data": [f"--data_dir={shards}", "--dataset=fashion_mnist"],
+    }.get(kind, [])
+    status, text = cli(capfd, "plot.py", kind, f"--out_dir={tmp_path}", *flags)
+    assert status == 0, text
+    picture = np.asarray(Image.open(tmp_path / f"plot_{kind}.png").convert("RGB"))
+    assert min(picture.shape[:2]) > 250 and picture.std() > 20
+
+
+def test_errors_of_plot(capfd, tmp_path):
+    assert "'' is not one of schedules, forward, loss, confusion, data" in one_line(cli(capfd, "plot.py"))
+    assert "'beta' is not one of" in one_line(cli(capfd, "plot.py", "beta"))
+    assert "no log" in one_line(cli(capfd, "plot.py", "loss", f"--out_dir={tmp_path}"))
+    assert "no result" in one_line(cli(capfd, "plot.py", "confusion", f"--out_dir={tmp_path}"))
 
 
 @pytest.mark.slow
