@@ -99,8 +99,8 @@ def kernel_distance(X, Y):
 
 
 def kernel_distance_in_parts(X, Y, parts=10):
-    """Mean and standard error of the kernel distance over disjoint parts of X and Y, drawn by chance."""
-    rng = np.random.default_rng(0)
+    """Mean and standard error of the kernel distance over disjoint parts of X and Y (of 2 rows at least)."""
+    rng, parts = np.random.default_rng(0), min(parts, len(X) // 2, len(Y) // 2)
     split = lambda Z: np.array_split(rng.permutation(len(Z)), parts)  # noqa: E731
     values = [kernel_distance(X[np.sort(i)], Y[np.sort(j)]) for i, j in zip(split(X), split(Y))]
     return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(parts))
@@ -115,7 +115,7 @@ def nearest(X, Y, k=1):
             distance = torch.cdist(x, torch.from_numpy(np.array(Y[j : j + BLOCK])))
             here = distance, torch.arange(j, j + distance.shape[1]).expand_as(distance)
             best = [torch.cat(pair, 1) for pair in zip(best, here)] if best else here
-            order = best[0].argsort(1, stable=True)[:, :k]
+            order = best[0].argsort(dim=1, stable=True)[:, :k]
             best = [b.gather(1, order) for b in best]
         found.append(best)
     return [torch.cat(parts) for parts in zip(*found)]
@@ -187,11 +187,16 @@ def features_of(network, images, folder, what, name=""):
 # pictures
 
 
-def draw_samples(count):
-    """`count` pictures and labels from the checkpoint in out_dir, the classes in turn, and what they are."""
+def draw_samples(count, names):
+    """`count` pictures and labels from the checkpoint in out_dir, the classes in turn, and what they are.
+
+    Raises DataError where its classes are not `names`; a model without classes draws for any.
+    """
     on, amp_dtype, use_compile = choose_device(device, dtype, "auto" if count > 1000 else "False")
     path, checkpoint = open_checkpoint(out_dir, os.path.join(HERE, "weights"))
     model = model_from_checkpoint(checkpoint, ema, on)
+    if model.K and list(model.config.class_names) != list(names):
+        raise DataError(f"{path} draws {list(model.config.class_names)}, but {dataset} has {list(names)}: see classes=")
     model.amp_dtype, weight = amp_dtype, guidance_weight(w, guidance_scale, 0.3, model)
     if use_compile:
         model.net.compile()
@@ -204,7 +209,7 @@ def draw_samples(count):
         f"{path}, step {checkpoint['step']}, {'averaged' if ema else 'raw'} weights, w={weight:g}, {sampler}, {steps} "
     )
     made += f"steps, seed {seed}"
-    return np.concatenate(images), labels.numpy() if model.K else None, list(model.config.class_names), made
+    return np.concatenate(images), labels.numpy() if model.K else None, made
 
 
 def choose(images, labels, count):
@@ -367,9 +372,7 @@ def main():
         images, y, _ = load(samples, image_size=reference.shape[1], classes=",".join(names), data_dir=data_dir)
         made = samples
     else:
-        images, y, drawn_names, made = draw_samples(n or 5000)
-        if y is not None and drawn_names != names:
-            raise DataError(f"the checkpoint draws {drawn_names}, but {dataset} has {names}: see classes=")
+        images, y, made = draw_samples(n or 5000, names)
     if images.shape[1:3] != reference.shape[1:3]:
         raise DataError(f"samples are {images.shape[1:3]}, but {dataset} is {reference.shape[1:3]}")
     count = n or len(images)
