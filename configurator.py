@@ -68,7 +68,7 @@ def hint(key, known):
     ]
     homes = [name for name in scripts if key in [k for k, _, _ in assignments(os.path.join(HERE, name)) if k.islower()]]
     if homes:
-        return f"it is a key of {' and '.join(homes)}"
+        return f"it is a key of {', '.join(homes)}"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else "--help lists the keys"
 

@@ -1199,10 +1199,10 @@ def test_30_settings_are_checked(shards, trained, tmp_path, capfd):
     config.write_text("lr = 1 / 0\n")
     assert "ZeroDivisionError" in one_line(cli(capfd, "train.py", str(config)))
     assert "no config file 'config/nothing.py'" in one_line(cli(capfd, "train.py", "config/nothing.py"))
-    assert "flag: unknown key 'sampler': it is a key of augment.py and sample.py" in one_line(
+    assert "flag: unknown key 'sampler': it is a key of augment.py, evaluate.py, sample.py" in one_line(
         cli(capfd, "train.py", "--sampler=ddim")
     )
-    assert "it is a key of train.py" in one_line(cli(capfd, "sample.py", "--beta_end=1"))
+    assert "it is a key of train.py" in one_line(cli(capfd, "sample.py", "--p_uncond=1"))
     assert "did you mean 'max_iters'" in one_line(cli(capfd, "train.py", "--max_iter=5"))
     assert "is not of type int" in one_line(cli(capfd, "train.py", "--batch_size=2.5"))
     assert "is not of type bool" in one_line(cli(capfd, "train.py", "--hflip=1"))
