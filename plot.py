@@ -15,7 +15,7 @@ import torch
 
 from configurator import ConfigError, configure
 from data import Batches, load, read_json
-from ddpm import SCHEDULES, make_betas, make_generator, one_of, to_uint8
+from ddpm import SCHEDULES, make_betas, make_generator, one_of, to_float, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = "out"
@@ -77,15 +77,21 @@ def plot_schedules(plt):
         axis.tick_params(axis="y", colors=COLOURS["cosine"], labelsize=8)
         axis.set_ylabel("cosine", color=COLOURS["cosine"], fontsize=8)
     lines = [plt.Line2D([], [], color=colour, lw=1.8) for colour in COLOURS.values()]
-    figure.legend(lines, COLOURS, loc="lower center", ncol=4, frameon=False)
+    figure.legend(
+        lines,
+        [f"{s} (dashed: own axis)" if s == "cosine" else s for s in COLOURS],
+        loc="lower center",
+        ncol=4,
+        frameon=False,
+    )
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     return figure
 
 
 def plot_forward(plt):
     """One picture along each schedule, the same noise everywhere: a row per schedule."""
-    images, _, _ = load(dataset, "test", data_dir, image_size, classes)
-    x0 = torch.from_numpy(images[seed : seed + 1].copy()).movedim(-1, 1)[0].float() / 127.5 - 1
+    images, _, _ = load(dataset, "train", data_dir, image_size, classes)
+    x0 = to_float(torch.tensor(images[seed % len(images)][None]))[0]
     ts = [round(u * (timesteps - 1)) for u in np.linspace(0, 1, 9)]
     figure, axes = plt.subplots(len(SCHEDULES), len(ts), figsize=(1.15 * len(ts), 1.25 * len(SCHEDULES)))
     for row, schedule in zip(axes, SCHEDULES):
@@ -102,14 +108,16 @@ def plot_loss(plt):
     for path in paths:
         if not os.path.exists(path):
             raise ConfigError(f"no log {path}: train.py writes log.json into its out_dir")
-    runs = {os.path.basename(os.path.dirname(os.path.abspath(path))): read_json(path) for path in paths}
+    folders = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in paths]
+    runs = dict(zip(folders if len(set(folders)) == len(paths) else paths, map(read_json, paths)))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     for colour, (name, log) in zip(ARM_COLOURS * len(runs), runs.items()):
         left.plot(log["step"], log["train_loss"], color=colour, lw=1, alpha=0.5, label=f"{name}: training")
-        left.plot(log["step"], log["val_loss"], color=colour, lw=1.8, label="validation")
+        if log["val_loss"]:  # there is none with val_fraction=0
+            left.plot(log["step"], log["val_loss"], color=colour, lw=1.8, label="validation")
         if log.get("test_loss") is not None:
             left.plot(log["step"][-1], log["test_loss"], "*", color=colour, ms=11, label=f"test {log['test_loss']:.4f}")
-        for k, style in enumerate(("-", "--", "-.", ":")):
+        for k, style in enumerate(("-", "--", "-.", ":") if log["val_loss"] else ()):
             label = f"{name}: " * (k == 0) + f"quarter {k + 1}"
             right.plot(log["step"], [q[k] for q in log["val_quarters"]], style, color=colour, lw=1.5, label=label)
     settled = [v for log in runs.values() for v in log["train_loss"][len(log["step"]) // 10 :] + log["val_loss"]]
@@ -129,10 +137,12 @@ def plot_confusion(plt):
     if not os.path.exists(path):
         raise ConfigError(f"no result {path}: classifier.py writes classifier.json into its out_dir")
     content = read_json(path)
-    arms, names = dict.fromkeys(run["arm"] for run in content["runs"]), content["classes"]
+    arms, names = {}, content["classes"]
+    for run in content["runs"]:
+        amount = f", {run['pictures']} pictures" if "amounts" in os.path.basename(path) else ""
+        arms.setdefault(run["arm"] + amount, []).append(run)
     figure, axes = plt.subplots(1, len(arms), figsize=(4.1 * len(arms) + 0.6, 4.4), squeeze=False, sharey=True)
-    for axis, arm in zip(axes[0], arms):
-        runs = [run for run in content["runs"] if run["arm"] == arm]
+    for axis, (arm, runs) in zip(axes[0], arms.items()):
         matrix = np.sum([run["confusion"] for run in runs], axis=0)
         matrix = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
         axis.imshow(matrix, cmap="Blues", vmin=0, vmax=100)
@@ -150,31 +160,29 @@ def plot_confusion(plt):
 
 
 def plot_data(plt):
-    """Pictures of each class in the training split; a picture of each, augmented four ways, and noised half-way."""
+    """Pictures of each class in the training split; one of each of ten classes, augmented four ways, and with noise."""
     images, labels, names = load(dataset, "train", data_dir, image_size, classes)
-    places = (
-        np.arange(8) if labels is None else np.array([np.flatnonzero(labels == k)[seed] for k in range(len(names))])
-    )
-    places = places[:10]
+    groups = [np.arange(len(images))] if labels is None else [np.flatnonzero(labels == k) for k in range(len(names))]
+    shown = [k for k, group in enumerate(groups) if len(group)][:10]
+    places = groups[0][:8] if labels is None else np.array([groups[k][seed % len(groups[k])] for k in shown])
     batches = Batches(images[places], None, len(places), seed, hflip, crop, shift)
     order = [torch.argsort(batches.indices(step)) for step in range(4)]
     augmented = [batches(step)[0][rank] for step, rank in enumerate(order)]
-    clean = torch.from_numpy(images[places].copy()).movedim(-1, 1).float() / 127.5 - 1
+    clean = to_float(torch.tensor(images[places]))
     half = [torch.stack([noised(x, "linear", [timesteps // k])[0] for x in clean]) for k in (8, 4)]
     rows = [("clean", clean)] + [("augmented" if i == 0 else "", x) for i, x in enumerate(augmented)]
     rows += [(f"t = {timesteps // k}", x) for k, x in zip((8, 4), half)]
     figure = plt.figure(figsize=(1.0 * len(places) + 4.6, 1.02 * len(rows) + 0.4))
     grid = figure.add_gridspec(len(rows), len(places) + 5, wspace=0.08, hspace=0.08)
     bars = figure.add_subplot(grid[:, :3])
-    counts = [len(images)] if labels is None else np.bincount(labels, minlength=len(names))
-    bars.barh(range(len(counts)), counts, color=ARM_COLOURS[0])
-    bars.set_yticks(range(len(counts)), names or ["all"], fontsize=8)
+    bars.barh(range(len(groups)), list(map(len, groups)), color=ARM_COLOURS[0])
+    bars.set_yticks(range(len(groups)), names or ["all"], fontsize=min(8, 300 / len(groups)))
     bars.invert_yaxis()
     bars.set_title(f"{len(images)} training pictures", fontsize=9)
     for i, (title, pictures) in enumerate(rows):
         for j, x in enumerate(pictures):
             axis = figure.add_subplot(grid[i, j + 5])
-            show(axis, x, names[j] if i == 0 and names else "")
+            show(axis, x, names[shown[j]][:12] if i == 0 and names else "")
             if j == 0:
                 axis.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
     return figure

@@ -1656,7 +1656,7 @@ def test_the_quick_start_draws_what_was_asked_for(quick_start):
 
 def feature_sets(n=90, k=70, d=12):
     rng = np.random.default_rng(0)
-    X, Y = rng.normal(1, 1, (n, d)), rng.normal(1.2, 1.4, (k, d)) @ rng.normal(0, 0.4, (d, d))
+    X, Y = rng.normal(1, 1, (n, d)), rng.normal(1.1, 1.1, (k, d)) * np.linspace(0.7, 1.2, d)
     return X.astype(np.float32), Y.astype(np.float32)
 
 
@@ -1671,11 +1671,12 @@ def test_moments_and_frechet_distance_of_known_gaussians(monkeypatch, block):
     p, q = evaluate.moments(X), evaluate.moments(Y)
     assert abs(evaluate.frechet_distance(p, p)) < 1e-9
     assert evaluate.frechet_distance(p, q) == pytest.approx(evaluate.frechet_distance(q, p), rel=1e-9)
-    mu, sigma = torch.tensor([1.0, 2, 3]).double(), torch.tensor([1.0, 4, 9]).double()
-    one, two = (mu, torch.diag(sigma)), (mu + 2, torch.diag(4 * sigma))
+    mu, sigma = np.array([1.0, 2, 3]), np.diag([1.0, 4, 9])
+    one, two, point = (mu, sigma), (mu + 2, 4 * sigma), (mu, 0 * sigma)
     assert evaluate.frechet_distance(one, two) == pytest.approx(3 * 4 + 14, rel=1e-12)  # |dmu|^2 + sum (2s - s)^2
-    flat = (mu, torch.zeros(3, 3).double())
-    assert evaluate.frechet_distance(flat, one) == pytest.approx(14, rel=1e-12)  # a point against a Gaussian
+    assert evaluate.frechet_distance(point, one) == pytest.approx(14, rel=1e-12)
+    few = evaluate.moments(X[:4])  # of less than full rank
+    assert abs(evaluate.frechet_distance(few, few)) < 1e-6
 
 
 def test_distances_equal_torch_fidelitys(monkeypatch):
@@ -1693,7 +1694,12 @@ def test_distances_equal_torch_fidelitys(monkeypatch):
     assert mine == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
     assert evaluate.kernel_distance(Y, X[:70]) == pytest.approx(mine, rel=1e-9)
     theirs = metric_prc.prc_features_to_metric(torch.from_numpy(X), torch.from_numpy(Y), verbose=False)
-    assert evaluate.precision_recall(X, Y) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
+    one, two = evaluate.Statistics(X), evaluate.Statistics(Y)
+    mine = evaluate.scores(one, two)
+    assert mine["precision"] == pytest.approx(theirs["precision"], abs=1e-6)
+    assert mine["recall"] == pytest.approx(theirs["recall"], abs=1e-6) and 0 < mine["recall"] < 1
+    back = evaluate.scores(two, one)
+    assert (back["precision"], back["recall"]) == (mine["recall"], mine["precision"])
 
 
 def test_kernel_distance_is_unbiased_and_its_error_is_right():
@@ -1715,7 +1721,9 @@ def test_nearest_neighbours(monkeypatch):
     assert np.array_equal(places.numpy(), np.argsort(table, axis=1)[:, :3])
     assert np.allclose(distances.numpy(), np.sort(table, axis=1)[:, :3], atol=1e-4)
     spread = np.full((20, 12), 1e3, dtype=np.float32)
-    assert evaluate.precision_recall(spread, Y) == (0, 0) and evaluate.precision_recall(Y, Y) == (1, 1)
+    ball = evaluate.radii(Y)
+    assert np.allclose(ball, np.sort(np.linalg.norm(Y[:, None] - Y[None], axis=-1), axis=1)[:, 3], atol=1e-3)
+    assert evaluate.covered(spread, Y, ball) == 0 and evaluate.covered(Y, Y, ball) == 1
 
 
 def test_damaged_pictures_look_as_they_are_called():
@@ -1748,17 +1756,15 @@ def real_shapes(tmp_path_factory):
 
 
 def evaluation(capfd, root, *flags):
-    flags = [f"--dataset={root}/real", f"--data_dir={root}/data", "--resize=32", "--device=cpu", *flags]
-    if not any(flag.startswith("--out_dir") for flag in flags):
-        flags.append(f"--out_dir={root}/out")
-    return cli(capfd, "evaluate.py", *flags)
+    where = [f"--dataset={root}/real", f"--data_dir={root}/data", f"--out_dir={root}/out", f"--cache_dir={root}/kept"]
+    return cli(capfd, "evaluate.py", *where, "--resize=32", "--device=cpu", *flags)
 
 
 def test_33_evaluation_says_what_it_compares(capfd, real_shapes):
     flags = (f"--samples={real_shapes}/copied", "--per_class=True", "--controls=True")
     status, text = evaluation(capfd, real_shapes, *flags)
     assert status == 0
-    for said in ("EfficientNet-Lite0, 1280 features", "resized to 32", "100 pictures of", "train split", "real: test"):
+    for said in ("EfficientNet-Lite0, 1280 features", "resized to 32", "100 pictures in", "train split", "real: test"):
         assert said in text, said
     assert "refused" in text and "FID" not in text
     result = data.read_json(f"{real_shapes}/out/evaluate.json")
@@ -1767,10 +1773,12 @@ def test_33_evaluation_says_what_it_compares(capfd, real_shapes):
     kd = {title: (s["kd"], s["kd_error"]) for title, s in scores.items()}
     assert abs(kd["samples"][0]) < 5 * kd["samples"][1]  # the same pictures, in part
     assert kd["real: test, half resolution"][0] > kd["real: test"][0] + 5 * kd["real: test"][1]
-    assert len(scores) == 5 + 20 and scores["samples, ring"]["n"] == 10
-    assert result["memorised"]["share"] > 0.5
+    assert len(scores) == 5 and "ring: fewer than 20 pictures in a set" in text
+    memorised = result["memorised"]
+    assert memorised["share"] > 0.55 and (memorised["train"], memorised["of"], memorised["test"]) == (100, 300, 100)
+    assert "67% copies alone" in text
     assert all(math.isfinite(s["kd"]) and math.isfinite(s["kd_error"]) for s in scores.values())
-    assert list(pathlib.Path(f"{real_shapes}/data/features").glob("real-train-100-lite0-32-*.npy"))
+    assert list(pathlib.Path(f"{real_shapes}/kept").glob("real-train-100-lite0-32-*.npy"))
 
 
 def test_samples_that_were_copied_are_found_out(capfd, real_shapes):
@@ -1780,8 +1788,32 @@ def test_samples_that_were_copied_are_found_out(capfd, real_shapes):
     scores = result["scores"]["samples"]
     assert scores["precision"] == scores["recall"] == 1 and abs(scores["kd"]) < 4 * scores["kd_error"]
     assert os.path.exists(f"{real_shapes}/out/evaluate_nearest.png")
-    status, text = evaluation(capfd, real_shapes, f"--samples={real_shapes}/real/test", "--split=test", "--few=True")
-    assert status == 0 and "refused" not in text
+    flags = (
+        f"--samples={real_shapes}/real/test",
+        "--split=test",
+        "--few=True",
+        "--classes=ring,disc",
+        "--per_class=True",
+    )
+    status, text = evaluation(capfd, real_shapes, *flags)
+    assert status == 0, text
+    assert "refused" not in text and " 0.0% ± 0.0% of the samples are nearer" in text
+    scores = data.read_json(f"{real_shapes}/out/evaluate.json")["scores"]
+    assert abs(scores["samples"]["fd"]) < 1e-4 < scores["real: train"]["fd"]
+    assert len(scores) == 2 + 4 and scores["samples, disc"]["n"] == 30 and scores["samples, disc"]["precision"] == 1
+
+
+def test_grey_and_unlabelled_samples_are_scored(capfd, real_shapes, tmp_path):
+    write_fashion_mnist(tmp_path, 60)
+    images = data.load("fashion_mnist", data_dir=str(tmp_path))[0]
+    data.write_shards(f"{tmp_path}/rgb", np.repeat(images, 3, axis=-1), None, [])
+    flags = ["--dataset=fashion_mnist", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}", "--resize=32"]
+    flags += [f"--cache_dir={tmp_path}/kept", f"--samples={tmp_path}/rgb", "--device=cpu"]
+    status, text = cli(capfd, "evaluate.py", *flags, "--controls=True")
+    assert status == 0, text
+    scores = data.read_json(tmp_path / "evaluate.json")["scores"]
+    assert scores["samples"]["precision"] == 1 and len(scores) == 5  # grey, three times over, is the same grey
+    assert "need labels" in one_line(cli(capfd, "evaluate.py", *flags, "--per_class=True"))
 
 
 def test_features_are_kept_under_a_name_that_tells_all(tmp_path):
@@ -1801,24 +1833,39 @@ def test_features_are_kept_under_a_name_that_tells_all(tmp_path):
     evaluate.features_of(network, images, tmp_path, "reference", "cifar10-train")
     assert network.calls == 3
     assert all(name.startswith("cifar10-train-5-net-") for name in os.listdir(tmp_path))
+    (tmp_path / os.listdir(tmp_path)[0]).write_bytes(b"cut off")
+    with pytest.raises(data.DataError, match="damaged"):
+        for pixels in (images, images + 1):
+            for network.key in ("net-1234", "net-5678"):
+                evaluate.features_of(network, pixels, tmp_path, "reference", "cifar10-train")
 
 
 def test_evaluation_of_a_checkpoint(capfd, trained, shards):
-    flags = [f"--dataset={shards}/tiny", f"--data_dir={shards}", f"--out_dir={trained}", "--resize=32", "--n=21"]
+    flags = [f"--dataset={shards}/tiny", f"--cache_dir={shards}/kept", f"--out_dir={trained}", "--resize=32", "--n=20"]
     status, text = cli(capfd, "evaluate.py", *flags, "--w=1", "--steps=3", "--ema=False", "--device=cpu")
     assert status == 0 and "raw weights, w=1, dpm++, 3 steps, seed 0" in text
     status, text = cli(capfd, "evaluate.py", *flags, "--steps=3", "--classifier=True", "--cnn_iters=2", "--device=cpu")
     assert status == 0 and "averaged weights, w=0.3" in text and "trained on samples, tested on real" in text
 
 
+def test_classifiers_of_evaluate_learn(monkeypatch):
+    monkeypatch.setattr(evaluate, "cnn_iters", 100)
+    (images, labels, _), (others, truth, _) = (data.draw_shapes(1000, seed, size=16) for seed in (0, 1))
+    real, control = (images, labels.astype(np.int64)), (others, truth.astype(np.int64))
+    found = evaluate.cnn_scores((images, (real[1] + 1) % 10), real, control, 10, "cpu")  # samples of the wrong class
+    assert found["trained on real, tested on real"] > 0.6
+    assert max(found["trained on samples, tested on real"], found["trained on real, recognises samples"]) < 0.2
+
+
 def test_errors_of_evaluate(capfd, real_shapes, shards, trained):
     run = lambda *flags: one_line(evaluation(capfd, real_shapes, *flags))  # noqa: E731
-    assert "there are 100 samples" in run(f"--samples={real_shapes}/copied", "--n=200")
-    assert "at least 20" in run(f"--samples={real_shapes}/copied", "--n=10")
+    assert "n=200: there are 100 samples" in run(f"--samples={real_shapes}/copied", "--n=200")
+    assert "n=10: there are" in run(f"--samples={real_shapes}/copied", "--n=10")
+    assert "belong to features=lite0" in run("--features=inception", "--controls=True")
     assert "samples are" in run(f"--samples={shards}/tiny") or "pictures are" in run(f"--samples={shards}/tiny")
     assert "features: 'vgg' is not one of" in run("--features=vgg")
     assert "no weights file" in run(f"--samples={real_shapes}/copied", "--features=inception", "--weights=nowhere.pth")
-    assert "ckpt.pt draws ['airplane', 'automobile', 'bird'], but" in run(f"--out_dir={trained}", "--n=30")
+    assert "ckpt.pt draws (3, 8, 8), ['airplane', 'automobile', 'bird'], but" in run(f"--out_dir={trained}", "--n=30")
     assert "no checkpoint" in run("--n=30", f"--out_dir={real_shapes}")
 
 
@@ -1849,15 +1896,17 @@ def random_inception(tmp_path_factory):
 @pytest.mark.slow
 def test_33_fid_runs_end_to_end(capfd, real_shapes, random_inception):
     flags = [f"--samples={real_shapes}/copied", "--features=inception", f"--weights={random_inception}", "--n=40"]
-    assert "FID needs more than 2048 pictures" in one_line(evaluation(capfd, real_shapes, *flags))
+    status, text = evaluation(capfd, real_shapes, *flags)
+    assert status == 0 and "no FID of 2048 pictures or fewer" in text and "kernel_inception_distance_mean" in text
+    assert "frechet" not in text
     status, text = evaluation(capfd, real_shapes, *flags, "--few=True")
     assert status == 0, text
-    for said in ("Inception-v3", "resized to 299", "samples (40 against 40)", "real: test (40 against 40)"):
+    for said in ("Inception-v3", "resized to 299", "40 pictures in every set", "samples:", "real: test:"):
         assert said in text, said
     result = data.read_json(f"{real_shapes}/out/evaluate_inception.json")
     for key in ("frechet_inception_distance", "inception_score_mean", "kernel_inception_distance_mean", "precision"):
         assert math.isfinite(result["samples"][key]) and math.isfinite(result["real: test"][key])
-    kept = os.listdir(f"{real_shapes}/data/features")
+    kept = os.listdir(f"{real_shapes}/kept")
     assert any(data.file_hash(random_inception)[:8] in name for name in kept)
 
 
@@ -1910,6 +1959,7 @@ def test_every_data_set_goes_through_all_scripts(capfd, tmp_path, monkeypatch, w
         ("evaluate.py", *of, f"--image_size={size}", "--out_dir=out-x", "--n=40", "--steps=2", "--resize=32"),
         ("plot.py", "loss", "--out_dir=out-x"),
         ("plot.py", "data", *of, f"--image_size={size}", "--out_dir=out-x"),
+        ("plot.py", "forward", *of, f"--image_size={size}", "--out_dir=out-x"),
     ):
         status, text = cli(capfd, script, *flags)
         assert status == 0, text
@@ -1925,17 +1975,27 @@ def test_plots(capfd, shards, trained, tmp_path, kind):
     from PIL import Image
 
     matrix = np.eye(3, dtype=int).tolist()
-    runs = [{"arm": arm, "test": 0.5, "confusion": matrix} for arm in ("real", "real+synthetic") for _ in range(2)]
+    runs = [{"arm": a, "test": 0.5, "confusion": matrix, "pictures": 3} for a in ("real", "synthetic") for _ in "ab"]
     data.save_json(f"{tmp_path}/classifier.json", {"classes": ["a", "b", "c"], "runs": runs})
     flags = {
         "loss": [f"--logs={trained}/log.json,{trained}/log.json"],
         "forward": [f"--data_dir={shards}"],
-        "data": [f"--data_dir={shards}", "--dataset=fashion_mnist"],
+        "data": [f"--data_dir={shards}", "--dataset=fashion_mnist", "--seed=17"],
     }.get(kind, [])
     status, text = cli(capfd, "plot.py", kind, f"--out_dir={tmp_path}", *flags)
     assert status == 0, text
     picture = np.asarray(Image.open(tmp_path / f"plot_{kind}.png").convert("RGB"))
     assert min(picture.shape[:2]) > 250 and picture.std() > 20
+
+
+def test_what_is_plotted(tmp_path):
+    import plot
+
+    x0 = torch.rand(3, 4, 4)
+    model = DDPM(DDPMConfig(**(TINY | dict(timesteps=500, beta_end=0.028, image_size=4, ch_mult=(1,)))))
+    eps, ts = torch.randn(x0.shape, generator=ddpm.make_generator(0)), [0, 100, 499]
+    expected = model.q_sample(x0.expand(3, -1, -1, -1), torch.tensor(ts), eps.expand(3, -1, -1, -1))
+    assert torch.allclose(plot.noised(x0, "linear", ts), expected, atol=1e-6)
 
 
 def test_errors_of_plot(capfd, tmp_path):
