@@ -182,9 +182,12 @@ class Lite0:
     @torch.no_grad()
     def __call__(self, images):
         """uint8 (b, H, W, C) -> float32 (b, 1280)."""
-        x = to_float(torch.from_numpy(colour(images)).to(self.device))  # the network was trained on [-1, 1] as well
-        x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=False, antialias=True)
-        return self.net.extract_features(x).mean(dim=(2, 3)).float().cpu().numpy()
+        found, at_once = [], 10 if self.device == "cpu" else len(images)  # what fits in a CPU's caches: 2 to 3 times faster
+        for x in torch.tensor(colour(images)).split(at_once):
+            x = to_float(x.to(self.device))  # the network was trained on [-1, 1] as well
+            x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=False, antialias=True)
+            found.append(self.net.extract_features(x).mean(dim=(2, 3)).cpu())
+        return torch.cat(found).numpy()
 
 
 def features_of(network, images, folder, what, name="", damage=None):
