@@ -356,22 +356,32 @@ def row(title, found):
     print(f"{title:<32} {found['n']:6d} {fd:>9} {kd:>16} {found['precision']:9.3f} {found['recall']:6.3f}", flush=True)
 
 
+def nearer(near, far):
+    """(share, error) of the samples that are nearer to the one set than to the other, from `nearest` in each.
+
+    error: the share's standard deviation if chance had dealt the pictures to the two sets. It is well above that of as
+    many coin tosses, because few pictures are the nearest of many samples.
+    """
+    first = near[0] < far[0]
+    closest = torch.where(first, near[1], far[1] + near[1].max() + 1).flatten()
+    return first.double().mean().item(), closest.bincount().double().square().sum().sqrt().item() / (2 * len(closest))
+
+
 def memorisation(X, train, test, pictures, total):
     """Share of samples X nearer to a training picture than to a held-out one, and the closest pairs as a picture.
 
     X, train and test are features; pictures: (samples, training, held out); total: how many training pictures exist.
     """
-    near, far = nearest(X, train), nearest(X, test)
-    share, m = (near[0] < far[0]).double().mean().item(), len(train)
+    near, far, m = nearest(X, train), nearest(X, test), len(train)
+    share, error = nearer(near, far)
     chosen = near[0][:, 0].argsort()[:12].numpy()
     places = chosen, near[1][chosen, 0].numpy(), far[1][chosen, 0].numpy()
     rows = np.concatenate([colour(images[k]) for images, k in zip(pictures, places)])
     path = os.path.join(out_dir, "evaluate_nearest.png")
     tile(rows, len(chosen), ("sample", "nearest in train", "nearest in test")).save(path)
-    error = math.sqrt(share * (1 - share) / len(X))
     print(
-        f"\nmemorisation: {share:.1%} ± {error:.1%} of the samples are nearer to one of {m} of the {total} training "
-        f"pictures than to one of {len(test)} held out. 50% would be nothing learned by heart, "
+        f"\nmemorisation: {share:.1%} of the samples are nearer to one of {m} of the {total} training pictures than to "
+        f"one of {len(test)} held out. 50% ± {error:.1%} would be nothing learned by heart, "
         f"{50 + 50 * m / total:.0f}% copies alone.\nwrote {path}: the samples nearest to a training picture"
     )
     return {"share": share, "error": error, "train": m, "of": total, "test": len(test)}
