@@ -22,7 +22,7 @@ from ddpm import make_generator, to_float
 
 TORCHVISION = {
     "cifar10": ("CIFAR10", 32, "cifar-10-batches-py, from https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
-    "fashion_mnist": ("FashionMNIST", 28, "FashionMNIST/raw/*.gz, from github.com/zalandoresearch/fashion-mnist"),
+    "fashion_mnist": ("FashionMNIST", 28, "FashionMNIST/raw/*-ubyte (unpacked), from github.com/zalandoresearch"),
     "flowers102": ("Flowers102", 64, "flowers-102/, from https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"),
 }
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")

@@ -708,6 +708,11 @@ def export_weights(path, checkpoint):
     save_checkpoint(path, kept | {"ema": {"updates": checkpoint["ema"]["updates"], "shadow": shadow}})
 
 
+def cpu_has_bfloat16():
+    """Whether this CPU has bfloat16 in hardware, where it is nearly twice as fast as float32."""
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
 def choose_device(device="auto", dtype="auto", use_compile="auto"):
     """Turns the three settings into (device, amp dtype or None, compile or not); raises DDPMError for a missing device.
 

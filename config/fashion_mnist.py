@@ -1,9 +1,11 @@
 # Fashion-MNIST, 28x28 and one channel: two halvings, attention at 7x7.
 #   python train.py config/fashion_mnist.py
 #   python train.py config/fashion_mnist.py --conditional=False --out_dir=out-fashion-unconditional
-# Time and final loss: not measured yet.
+from ddpm import cpu_has_bfloat16
+
 out_dir = "out-fashion"
 dataset = "fashion_mnist"
+dtype = "bfloat16" if cpu_has_bfloat16() else "auto"
 schedule, objective = "cosine", "v"
 ch, ch_mult, num_res_blocks, attn_resolutions, dropout = 32, (1, 2, 2), 1, (7,), 0.0
 batch_size, max_iters = 64, 6000
