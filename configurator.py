@@ -53,6 +53,17 @@ def assignments(path):
     return sorted(found, key=lambda entry: entry[1])
 
 
+def settings_of(path):
+    """{key: default} of a script's block of settings, without running it: those that are plain literals."""
+    with open(path, encoding="utf-8") as f:
+        source = f.read()
+    settings = {}
+    for node in ast.parse(source.partition(CALL)[0], path).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            settings[node.targets[0].id] = ast.literal_eval(node.value)
+    return settings
+
+
 def is_script(path):
     with open(path, encoding="utf-8") as f:
         return f"{CALL}globals()" in f.read()

@@ -12,6 +12,7 @@ import os
 import pathlib
 import pickle
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -2083,3 +2084,50 @@ def test_memory_of_augment_does_not_grow_with_the_number_of_pictures(tmp_path):
         peak[n] = int(done.stdout.split("peak ")[1]) / 1024
     print("\npeak memory of augment.py by pictures per class (64x64):", {n: f"{mb:.0f} MB" for n, mb in peak.items()})
     assert peak[1000] - peak[50] < 60
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bench.py: what it prints is there and its peers are what they are said to be; how fast anything is, is not tested
+
+TINY = (
+    "--device=cpu",
+    "--batch_size=2",
+    "--rounds=1",
+    "--steps=2",
+    "--num_samples=10",
+    "--timesteps=10",
+    "--image_size=8",
+)
+
+
+def test_bench_prints_all_parts(capfd):
+    flags = (*TINY, "--what=train,sample,augment,scaling,profile", "--ch=8", "--ch_mult=1,2", "--attn_resolutions=")
+    status, text = cli(capfd, "bench.py", "config/shapes.py", *flags)
+    assert status == 0, text
+    for said in (
+        "training step, batch 2",
+        "dpm++, 2 steps, w=0.3",
+        "augment, dpm++",
+        "10 pictures, 4 steps",
+        "peak mem",
+    ):
+        assert said in text, said
+    assert "convolution_backward" in text and "of 3x3 convolutions" in text
+    assert "train, sample" in one_line(cli(capfd, "bench.py", "--what=speed"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patch", (1, 2))
+def test_bench_diffusers_is_the_same_network(capfd, patch):
+    flags = (*TINY, "--ch=128", f"--patch={patch}", "--ch_mult=1,2", "--num_res_blocks=1", "--samplers=ddim")
+    status, text = cli(capfd, "bench.py", "--peer=diffusers", *flags)
+    assert status == 0, text
+    assert float(re.search(r"outputs differ by (\S+) of", text)[1]) < 1e-5
+    mine, theirs = re.search(r"nanoDDPM (\S+)M weights, diffusers (\S+)M", text).groups()
+    assert mine == theirs and "x our time" in text
+
+
+@pytest.mark.slow
+def test_bench_runs_lucidrains(capfd):
+    status, text = cli(capfd, "bench.py", "config/cifar_small.py", "--peer=lucidrains", *TINY)
+    assert status == 0 and "lucidrains" in text and "x our time" in text, text

@@ -1,0 +1,400 @@
+"""Speed, side by side in one run: medians of rounds that go A B A B …, and their ratios.
+
+python bench.py                                         training step and sampling of the default recipe
+python bench.py config/cifar_small.py                   of any other
+python bench.py --peer=diffusers --batch_size=16        beside the same network in diffusers (extra `bench`)
+python bench.py --peer=lucidrains --batch_size=16       beside denoising-diffusion-pytorch at its own defaults
+python bench.py --what=augment --peer=diffusers         augment.py end to end: start-up and disk included
+python bench.py --what=scaling                          how time and memory grow with batch, pictures and steps
+python bench.py --what=profile                          where the time of a training step goes
+
+Peers run as their documentation shows. diffusers: UNet2DModel with our weights copied into it, AdamW, clipping,
+EMAModel; its schedulers' loop, both branches of the guidance in one batch. lucidrains: GaussianDiffusion with Adam and
+EMA. All sides get the same batch, dtype and compiler.
+"""
+# ruff: noqa: F821 (batch_size, ch, lr and so on are train.py's settings, taken over below)
+
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from configurator import HERE, ConfigError, configure, settings_of
+from data import Batches
+from ddpm import (
+    DDPM,
+    EMA,
+    Attention,
+    DDPMConfig,
+    ResBlock,
+    choose_device,
+    evaluating,
+    one_of,
+    save_checkpoint,
+    to_uint8,
+)
+
+globals().update(settings_of(os.path.join(HERE, "train.py")))  # so that any of its recipes can be timed
+# ---------------------------------------------------------------------------------------------------------------------
+peer = ""  # diffusers or lucidrains
+what = "train,sample"  # also augment, scaling, profile
+rounds = 5  # of each measurement, after one to warm up
+samplers = "ddpm,ddim,dpm++"
+steps = 10  # of each sampling
+num_samples = 16  # pictures in one
+w = 0.3  # guidance
+# ---------------------------------------------------------------------------------------------------------------------
+config, given = configure(globals())
+
+
+def wait():
+    """Until the device has done what it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def medians(functions):
+    """Median seconds of each of {name: function}, by turns, after one round to warm up."""
+    times = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, function in functions.items():
+            wait()
+            start = time.perf_counter()
+            function()
+            wait()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def autocast():
+    return torch.autocast(device.split(":")[0], amp_dtype, enabled=amp_dtype is not None)
+
+
+def random_batch():
+    """x0 (B, C, H, W) in [-1, 1] and y (B,): what peers get, already on the device."""
+    return torch.rand(batch_size, *shape, device=device) * 2 - 1, torch.randint(K, (batch_size,), device=device)
+
+
+class Ours:
+    """train.py's step (gathering, flips and label dropout included) and DDPM's samplers."""
+
+    def __init__(self):
+        shared = {key: config[key] for key in DDPMConfig.__dataclass_fields__ if key in config}
+        names = tuple(str(k) for k in range(K))
+        shared |= dict(image_size=size, channels=channels, num_classes=K, class_names=names)
+        self.model = DDPM(DDPMConfig(**shared)).to(device)
+        self.model.amp_dtype = amp_dtype
+        for p in self.model.parameters():  # those that start at zero as well, so that a peer's output can be compared
+            torch.nn.init.normal_(p, std=0.02)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, fused=not device.startswith("mps"))
+        self.ema, self.step = EMA(self.model, ema_decay), 0
+        images = torch.randint(256, (1000, size, size, channels), dtype=torch.uint8).numpy()
+        labels = torch.arange(1000).remainder(K).numpy()
+        self.batches = Batches(images, labels, batch_size, seed, hflip, crop, 0, device)
+        if compiles:
+            self.model.net.compile()
+
+    def train(self):
+        self.model.train()
+        x0, y = self.batches(self.step)
+        self.model(x0, self.model.drop_labels(y)).mean().backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), grad_clip or float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update()
+        self.step += 1
+
+    def sample(self, y, w, sampler, steps):
+        return self.model.sample(y, w, seed, None, sampler, steps)
+
+
+class Diffusers:
+    """diffusers' UNet2DModel with the widths, blocks, attention, conditioning and weights of our U-Net."""
+
+    def __init__(self, ours):
+        try:
+            import diffusers
+            from diffusers.training_utils import EMAModel
+        except ImportError:
+            raise ConfigError("--peer=diffusers needs `pip install '.[bench]'`") from None
+        if arch != "unet" or ch % 128:
+            raise ConfigError(
+                "diffusers' UNet2DModel has 32 groups everywhere and no cnn: use arch=unet, ch=128 or 256"
+            )
+        side = size // patch  # it has no pixel-unshuffle stem: this is done around it
+        at = [side // 2**k in attn_resolutions for k in range(len(ch_mult))]
+        self.model = diffusers.UNet2DModel(
+            sample_size=side, in_channels=channels * patch**2, out_channels=channels * patch**2, dropout=dropout,
+            layers_per_block=num_res_blocks, block_out_channels=tuple(ch * m for m in ch_mult), freq_shift=1,
+            down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in at],
+            up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(at)],
+            attention_head_dim=64, attn_norm_num_groups=32, num_class_embeds=K + 1,
+            resnet_time_scale_shift="scale_shift",
+        ).to(device)  # fmt: skip
+        copy_weights(ours.model.net, self.model)
+        self.net = torch.compile(self.model) if compiles else self.model
+        self.check(ours.model)
+        betas = dict(num_train_timesteps=timesteps, beta_start=beta_start, beta_end=beta_end)
+        self.schedulers = {
+            "ddpm": diffusers.DDPMScheduler(**betas),
+            "ddim": diffusers.DDIMScheduler(**betas),
+            "dpm++": diffusers.DPMSolverMultistepScheduler(**betas),
+        }
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr)
+        self.ema = EMAModel(self.model.parameters(), decay=ema_decay, use_ema_warmup=True)
+
+    @torch.no_grad()
+    def check(self, ours):
+        """Prints how far the two networks' outputs are apart: by rounding."""
+        x, y = random_batch()
+        t = torch.randint(timesteps, (batch_size,), device=device)
+        self.model.eval()
+        with evaluating(ours):
+            mine, theirs = ours.network(x, t, y), self.predict(x, t, y)
+        print(f"the same network: outputs differ by {((mine - theirs).norm() / mine.norm()).item():.1e} of their norm")
+
+    def predict(self, x, t, y):
+        with autocast():
+            out = self.net(F.pixel_unshuffle(x, patch), t, class_labels=y).sample
+        return F.pixel_shuffle(out, patch).float()
+
+    def train(self):
+        self.model.train()
+        x0, y = random_batch()
+        y = torch.where(torch.rand(batch_size, device=device) < p_uncond, K, y)
+        noise, t = torch.randn_like(x0), torch.randint(timesteps, (batch_size,), device=device)
+        xt = self.schedulers["ddpm"].add_noise(x0, noise, t)
+        F.mse_loss(self.predict(xt, t, y), noise).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.model.parameters())
+
+    @torch.no_grad()
+    def sample(self, y, w, sampler, steps):
+        self.model.eval()
+        scheduler, y = self.schedulers[sampler], y.to(device)
+        scheduler.set_timesteps(steps)
+        x = torch.randn(len(y), *shape, device=device)
+        for t in scheduler.timesteps:
+            if w == 0:
+                out = self.predict(x, t, y)
+            else:
+                both = self.predict(torch.cat([x, x]), t, torch.cat([y, torch.full_like(y, K)])).chunk(2)
+                out = (1 + w) * both[0] - w * both[1]
+            x = scheduler.step(out, t, x).prev_sample
+        return x
+
+
+def copy_weights(net, theirs):
+    """Our UNet's weights into diffusers' UNet2DModel, layer by layer."""
+    from diffusers.models.attention_processor import Attention as TheirAttention
+    from diffusers.models.downsampling import Downsample2D
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.upsampling import Upsample2D
+
+    def of(kind, *roots):
+        return [m for root in roots for m in root.modules() if isinstance(m, kind)]
+
+    ours, peers = (net.down, net.up, net.mid1, net.mid2), (theirs.down_blocks, theirs.up_blocks, theirs.mid_block)
+    pairs = [(net.stem, theirs.conv_in), (net.norm, theirs.conv_norm_out), (net.out, theirs.conv_out)]
+    pairs += [(net.condition.time[0], theirs.time_embedding.linear_1)]
+    pairs += [(net.condition.time[2], theirs.time_embedding.linear_2)]
+    pairs += [(net.condition.label, theirs.class_embedding)]
+    pairs += list(
+        zip([m for m in net.down if isinstance(m, torch.nn.Conv2d)], [d.conv for d in of(Downsample2D, *peers)])
+    )
+    pairs += list(zip([m[1] for m in net.up if not isinstance(m, ResBlock)], [u.conv for u in of(Upsample2D, *peers)]))
+    for a, b in zip(of(ResBlock, *ours), of(ResnetBlock2D, *peers)):
+        pairs += [(a.norm, b.norm1), (a.conv1, b.conv1), (a.film.norm, b.norm2), (a.film.affine, b.time_emb_proj)]
+        pairs += [(a.conv2, b.conv2)] + [(a.skip, b.conv_shortcut)] * (b.conv_shortcut is not None)
+    with torch.no_grad():
+        for a, b in zip(of(Attention, *ours), of(TheirAttention, *peers)):
+            pairs += [(a.norm, b.group_norm)]
+            for name in ("weight", "bias"):
+                parts = getattr(a.qkv, name).flatten(1) if name == "weight" else getattr(a.qkv, name)
+                for layer, part in zip((b.to_q, b.to_k, b.to_v), parts.chunk(3)):
+                    getattr(layer, name).copy_(part)
+                getattr(b.to_out[0], name).copy_(getattr(a.proj, name).flatten(1) if name == "weight" else a.proj.bias)
+    for a, b in pairs:
+        b.load_state_dict(a.state_dict())
+
+
+class Lucidrains:
+    """denoising-diffusion-pytorch's classifier-free-guidance U-Net at its defaults: dim 32, multiples 1, 2, 4."""
+
+    def __init__(self, ours):
+        try:
+            from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion, Unet
+            from ema_pytorch import EMA as TheirEMA
+        except ImportError:
+            raise ConfigError("--peer=lucidrains needs `pip install '.[bench]'`") from None
+        self.model = Unet(dim=32, dim_mults=(1, 2, 4), num_classes=K, channels=channels, cond_drop_prob=p_uncond)
+        how = dict(image_size=size, timesteps=timesteps)
+        self.diffusion = GaussianDiffusion(self.model, **how).to(device)
+        self.quick = GaussianDiffusion(self.model, sampling_timesteps=steps, **how).to(device)
+        self.optimizer = torch.optim.Adam(self.diffusion.parameters(), lr=lr, betas=(0.9, 0.99))
+        self.ema = TheirEMA(self.diffusion, beta=0.995, update_every=10)
+
+    def train(self):
+        x0, y = random_batch()
+        with autocast():
+            loss = self.diffusion((x0 + 1) / 2, classes=y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.diffusion.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update()
+
+    def sample(self, y, w, sampler, steps):
+        return self.quick.sample(y.to(device), cond_scale=1 + w) * 2 - 1
+
+
+def peak_rates():
+    """FLOP/s of a large matrix product, and of 3x3 convolutions of this recipe's width, forward and backward."""
+    kind, side = amp_dtype or torch.float32, size // patch
+    a = torch.randn(2048, 2048, device=device, dtype=kind)
+    x = torch.randn(batch_size, ch, side, side, device=device, dtype=kind, requires_grad=True)
+    weight = torch.randn(ch, ch, 3, 3, device=device, dtype=kind, requires_grad=True)
+    out = torch.randn_like(x)
+    convolve = lambda: torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), out)  # noqa: E731
+    seconds = medians({"matrix": lambda: a @ a, "conv": convolve})
+    return 2 * 2048**3 / seconds["matrix"], 3 * 2 * 9 * x.numel() * ch / seconds["conv"]
+
+
+def flops(model):
+    """Of the network, one picture, forward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    zeros = torch.zeros(1, dtype=torch.long, device=device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        model.net(torch.zeros(1, *shape, device=device), zeros, zeros)
+    return counter.get_total_flops()
+
+
+def memory():
+    """Peak of tensors on the GPU, or of this process, in MB."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def table(title, seconds, pictures):
+    """A line for each side: pictures/s, milliseconds, and its time over ours."""
+    for name, s in seconds.items():
+        ratio = "" if name == "nanoDDPM" else f"   {s / seconds['nanoDDPM']:.2f}x our time"
+        print(f"{title:<34} {name:<10} {pictures / s:9.2f} pictures/s {1e3 * s:10.1f} ms{ratio}", flush=True)
+
+
+def bench_train(sides):
+    seconds = medians({name: side.train for name, side in sides.items()})
+    table(f"training step, batch {batch_size}", seconds, batch_size)
+    matrix, conv = peak_rates()
+    rate = 3 * flops(sides["nanoDDPM"].model) * batch_size / seconds["nanoDDPM"]
+    print(
+        f"our step does {rate / 1e9:.0f} GFLOP/s: {rate / matrix:.0%} of the {matrix / 1e9:.0f} that a matrix product "
+        f"reaches here, {rate / conv:.0%} of the {conv / 1e9:.0f} of 3x3 convolutions, forward and backward"
+    )
+
+
+def bench_sample(sides):
+    y = torch.arange(num_samples) % K
+    for sampler in samplers.split(","):
+        for weight in (0.0, w):
+            able = {name: s for name, s in sides.items() if name != "lucidrains" or (sampler == "ddim" and weight)}
+            seconds = medians({name: (lambda s=s: s.sample(y, weight, sampler, steps)) for name, s in able.items()})
+            table(f"{sampler}, {steps} steps, w={weight:g}", seconds, num_samples)
+
+
+def bench_augment(sides):
+    """num_samples pictures of 10 classes as .npy: ours a process of its own with all that it does, theirs the loop."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = sides["nanoDDPM"].model
+        weights = {name: p.cpu() for name, p in model.state_dict().items()}
+        save_checkpoint(f"{folder}/ckpt.pt", dict(model_args=asdict(model.config), ema=dict(shadow=weights), step=0))
+        command = [
+            sys.executable,
+            os.path.join(HERE, "augment.py"),
+            f"--out_dir={folder}",
+            f"--w={w}",
+            f"--steps={steps}",
+        ]
+        command += [
+            f"--per_class={num_samples // K}",
+            f"--batch_size={batch_size}",
+            "--overwrite=True",
+            f"--device={device}",
+        ]
+        command += [f"--dtype={config['dtype']}", f"--use_compile={compiles}"]
+
+        def loop(side):
+            labels = torch.arange(num_samples // K * K) % K
+            parts = [to_uint8(side.sample(y, w, "dpm++", steps)).cpu() for y in labels.split(batch_size)]
+            np.save(f"{folder}/theirs.npy", torch.cat(parts).numpy())
+
+        functions = {name: (lambda s=s: loop(s)) for name, s in sides.items()}
+        functions["nanoDDPM"] = lambda: subprocess.run(command, check=True, capture_output=True)
+        table(f"augment, dpm++, {steps} steps, w={w:g}", medians(functions), num_samples // K * K)
+
+
+def bench_scaling(sides):
+    """Time and memory of our step by batch, and time of sampling by pictures and steps."""
+    ours = sides["nanoDDPM"]
+    for b in (max(1, batch_size // 4), max(1, batch_size // 2), batch_size):
+        ours.batches.batch_size = b
+        if device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        table(f"training step, batch {b}", medians({"nanoDDPM": ours.train}), b)
+        print(f"{'':<34} peak memory {memory():.0f} MB")
+    for n, k in ((num_samples // 4, steps), (num_samples // 2, steps), (num_samples, steps), (num_samples, 2 * steps)):
+        seconds = medians({"nanoDDPM": lambda n=n, k=k: ours.sample(torch.arange(n) % K, 0.0, "ddim", k)})
+        table(f"ddim, {n} pictures, {k} steps", seconds, n)
+
+
+def bench_profile(sides):
+    """Where the time of our training step goes, by operation."""
+    from torch.profiler import ProfilerActivity, profile
+
+    ours, on_gpu = sides["nanoDDPM"], device.startswith("cuda")
+    ours.train()
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
+        ours.train()
+        wait()
+    print(profiler.key_averages().table(sort_by=f"self_{'cuda' if on_gpu else 'cpu'}_time_total", row_limit=25))
+
+
+PEERS = {"diffusers": Diffusers, "lucidrains": Lucidrains}
+PARTS = dict(
+    train=bench_train, sample=bench_sample, augment=bench_augment, scaling=bench_scaling, profile=bench_profile
+)
+one_of("peer", peer, ("", *PEERS))
+for part in what.split(","):
+    one_of("what", part, tuple(PARTS))
+device, amp_dtype, compiles = choose_device(device, dtype, use_compile)
+torch.manual_seed(seed)
+size = image_size or {"fashion_mnist": 28, "flowers102": 64}.get(dataset, 32)
+channels, K = 1 if dataset == "fashion_mnist" else 3, 102 if dataset == "flowers102" else 10
+shape = (channels, size, size)
+sides = {"nanoDDPM": Ours()}
+if peer:
+    sides[peer] = PEERS[peer](sides["nanoDDPM"])
+counts = [f"{name} {sum(p.numel() for p in s.model.parameters()) / 1e6:.2f}M weights" for name, s in sides.items()]
+how = f"{str(amp_dtype or torch.float32)[6:]}, {'compiled' if compiles else 'eager'}, torch {torch.__version__}"
+print(f"{device}, {how}, {torch.get_num_threads()} threads; {', '.join(counts)}; medians of {rounds}", flush=True)
+if compiles:
+    for name, side in sides.items():
+        start = time.perf_counter()
+        side.train()
+        wait()
+        print(f"{name}: first step, compiler included, {time.perf_counter() - start:.1f} s")
+for part in what.split(","):
+    PARTS[part](sides)
+print(f"peak memory {memory():.0f} MB (of all the above)")
