@@ -212,7 +212,7 @@ if world > 1:
 todo = plan[0]
 mine = todo[rank::world]
 if use_compile and mine:
-    model.net.compile()
+    model.net.compile(dynamic=False)
 if rank == 0:
     print(
         f"{path}, step {checkpoint['step']}; {world} x {device}, {settings['dtype']}; "

@@ -100,7 +100,7 @@ class Ours:
         labels = torch.arange(1000).remainder(K).numpy()
         self.batches = Batches(images, labels, batch_size, seed, hflip, crop, 0, device)
         if compiles:
-            self.model.net.compile()
+            self.model.net.compile(dynamic=False)
 
     def train(self):
         self.model.train()
@@ -212,7 +212,7 @@ def copy_weights(net, theirs):
     pairs += list(
         zip([m for m in net.down if isinstance(m, torch.nn.Conv2d)], [d.conv for d in of(Downsample2D, *peers)])
     )
-    pairs += list(zip([m[1] for m in net.up if not isinstance(m, ResBlock)], [u.conv for u in of(Upsample2D, *peers)]))
+    pairs += list(zip([m for m in net.up if not isinstance(m, ResBlock)], [u.conv for u in of(Upsample2D, *peers)]))
     for a, b in zip(of(ResBlock, *ours), of(ResnetBlock2D, *peers)):
         pairs += [(a.norm, b.norm1), (a.conv1, b.conv1), (a.film.norm, b.norm2), (a.film.affine, b.time_emb_proj)]
         pairs += [(a.conv2, b.conv2)] + [(a.skip, b.conv_shortcut)] * (b.conv_shortcut is not None)

@@ -420,9 +420,10 @@ class Batches:
 
     def __call__(self, step, rows=slice(None)):
         """The given rows of batch `step`: x0 (b, C, H, W) float32 in [-1, 1] and y (b,) int64 or None."""
-        index = self.indices(step)[rows].to(self.device)
         coins = torch.rand((4, self.batch_size), generator=make_generator(self.seed, 2**31 + step))[:, rows]
-        flip, scale, dx, dy = coins.to(self.device)
+        # On a GPU the copies do not wait for the work before them.
+        index, coins = (v.to(self.device, non_blocking=self.images.is_cuda) for v in (self.indices(step)[rows], coins))
+        flip, scale, dx, dy = coins
         x0 = to_float(self.moved(index, flip < 0.5, dx, dy))
         if self.crop < 1:
             scale = self.crop + (1 - self.crop) * scale

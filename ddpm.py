@@ -16,6 +16,7 @@ network believes.
 """
 
 import contextlib
+import ctypes
 import math
 import os
 import shutil
@@ -220,8 +221,37 @@ class FiLM(nn.Module):
         self.norm, self.affine = group_norm(ch), nn.Linear(dim, 2 * ch)
 
     def forward(self, h, emb):
-        scale, shift = self.affine(emb)[:, :, None, None].chunk(2, dim=1)
-        return torch.addcmul(shift, self.norm(h), 1 + scale)
+        (B, C, H, W), norm = h.shape, self.norm
+        scale, shift = self.affine(emb).chunk(2, dim=1)  # (B, C)
+        weight, bias = norm.weight * (1 + scale), norm.bias * (1 + scale) + shift
+        # Every picture's channels have a weight of their own: as B * C channels of one picture it is one pass over h.
+        h = h.reshape(1, B * C, H, W)
+        return F.group_norm(h, B * norm.num_groups, weight.flatten(), bias.flatten(), norm.eps).view(B, C, H, W)
+
+
+class Upsample(nn.Conv2d):
+    """Doubles the sides (nearest) and convolves, 3x3, as one transposed convolution: 16 products in place of 36."""
+
+    def __init__(self, ch):
+        super().__init__(ch, ch, 3, padding=1)
+
+    def forward(self, x):
+        kernel = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))  # convolved with a 2x2 square of ones: (out, in, 4, 4)
+        kernel = kernel[..., 1:] + kernel[..., :-1]
+        kernel = kernel[..., 1:, :] + kernel[..., :-1, :]
+        return F.conv_transpose2d(x, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout; on a CPU with masks of 16 random bits a value, which it draws five times as fast."""
+
+    def forward(self, x):
+        if not (self.training and self.p and x.is_cpu):
+            return super().forward(x)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        kept = max(1, round((1 - self.p) * 2**16))  # of 2**16 values
+        mask = bits[: x.numel()].view_as(x) >= 2**15 - kept
+        return x * mask.to(x.dtype).mul_(2**16 / kept)
 
 
 class ResBlock(nn.Module):
@@ -230,7 +260,7 @@ class ResBlock(nn.Module):
     def __init__(self, cin, cout, dim, dropout, attention):
         super().__init__()
         self.norm, self.conv1 = group_norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
-        self.film, self.dropout = FiLM(cout, dim), nn.Dropout(dropout)
+        self.film, self.dropout = FiLM(cout, dim), Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(cout, cout, 3, padding=1))
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
         self.attention = Attention(cout) if attention else nn.Identity()
@@ -252,7 +282,11 @@ class Attention(nn.Module):
     def forward(self, x):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2)
-        h = F.scaled_dot_product_attention(*qkv.unbind(1))  # (B, heads, H*W, C/heads)
+        q, k, v = qkv.unbind(1)  # (B, heads, H*W, C/heads) each
+        if x.is_cpu:  # faster there than the fused kernel, up to three times in bfloat16
+            h = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1) @ v
+        else:
+            h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj(h.transpose(-1, -2).reshape(B, C, H, W))
 
 
@@ -284,7 +318,7 @@ class UNet(nn.Module):
                 self.up.append(block(width + widths.pop(), c.ch * mult))
                 width = c.ch * mult
             if level:
-                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)))
+                self.up.append(Upsample(width))
                 res *= 2
         self.norm, self.out = group_norm(width), zero(nn.Conv2d(width, c.channels * c.patch**2, 3, padding=1))
 
@@ -313,7 +347,7 @@ class CNN(nn.Module):
         self.convs = nn.ModuleList([nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairs])
         self.convs.extend([nn.ConvTranspose2d(b, a, 4, stride=2, padding=1) for a, b in reversed(pairs)])
         self.films = nn.ModuleList([FiLM(conv.out_channels, 4 * c.ch) for conv in self.convs])
-        self.dropout, self.out = nn.Dropout(c.dropout), zero(nn.Conv2d(c.ch, c.channels * c.patch**2, 3, padding=1))
+        self.dropout, self.out = Dropout(c.dropout), zero(nn.Conv2d(c.ch, c.channels * c.patch**2, 3, padding=1))
 
     def forward(self, x, t, y):
         emb, h = self.condition(t, y), self.stem(F.pixel_unshuffle(x, self.patch))
@@ -328,7 +362,7 @@ class CNN(nn.Module):
 
 def to_float(images):
     """uint8 (..., H, W, C) -> float32 (..., C, H, W) in [-1, 1]."""
-    return images.movedim(-1, -3).float() / 127.5 - 1
+    return images.movedim(-1, -3).contiguous().float() / 127.5 - 1  # strides of (H, W, C) would slow the network down
 
 
 def to_uint8(x):
@@ -573,8 +607,11 @@ class DDPM(nn.Module):
         how: what `sample` takes, and what it raises is raised here.
         """
         for part in torch.arange(len(indices)).split(batch_size):
+            n = len(part)
+            if self.net._compiled_call_impl:  # for one shape: the last batch is filled up
+                part = part.repeat(-(-batch_size // n))[:batch_size]
             labels = None if y is None else y[part]
-            yield to_uint8(self.sample(labels, indices=[indices[k] for k in part], **how)).cpu()
+            yield to_uint8(self.sample(labels, indices=[indices[k] for k in part], **how))[:n].cpu()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -708,6 +745,14 @@ def export_weights(path, checkpoint):
     save_checkpoint(path, kept | {"ema": {"updates": checkpoint["ema"]["updates"], "shadow": shadow}})
 
 
+def keep_freed_memory():
+    """Tells glibc to keep what is freed: to give it back and take it again, page by page, is 4% of a CPU's step."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
 def cpu_has_bfloat16():
     """Whether this CPU has bfloat16 in hardware, where it is nearly twice as fast as float32."""
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
@@ -734,6 +779,8 @@ def choose_device(device="auto", dtype="auto", use_compile="auto"):
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
+    if kind == "cpu":
+        keep_freed_memory()
     if kind == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True

@@ -55,7 +55,7 @@ def model_with(ema):
         models[ema] = model_from_checkpoint(checkpoint, ema, device)
         models[ema].amp_dtype = amp_dtype
         if use_compile:
-            models[ema].net.compile()
+            models[ema].net.compile(dynamic=False)
     return models[ema]
 
 

@@ -356,6 +356,39 @@ def test_15_zero_initialisation_survives():
     )
 
 
+def test_layers_that_are_fused_equal_what_they_stand_for():
+    torch.manual_seed(0)
+    x, emb = torch.randn(3, 8, 6, 5), torch.randn(3, 12)
+    film, up = ddpm.FiLM(8, 12), ddpm.Upsample(8)
+    nn.init.normal_(film.norm.weight), nn.init.normal_(film.norm.bias)
+    scale, shift = film.affine(emb)[:, :, None, None].chunk(2, dim=1)
+    assert torch.allclose(film(x, emb), film.norm(x) * (1 + scale) + shift, atol=1e-5)
+    plain = F.conv2d(F.interpolate(x, scale_factor=2), up.weight, up.bias, padding=1)
+    assert up(x).shape == (3, 8, 12, 10) and torch.allclose(up(x), plain, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), up.weight)[0] for out in (up(x), plain))
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3)
+    attention = ddpm.Attention(8)
+    nn.init.normal_(attention.proj.weight)
+    qkv = attention.qkv(attention.norm(x)).reshape(3, 3, 8, 30).transpose(-1, -2)[:, None]
+    h = F.scaled_dot_product_attention(*qkv.unbind(2)).transpose(-1, -2).reshape(x.shape)
+    assert torch.allclose(attention(x), x + attention.proj(h), atol=1e-5)
+
+
+def test_dropout_keeps_its_share_and_the_mean():
+    torch.manual_seed(0)
+    for p in (0.1, 0.5, 0.9):
+        layer, x = ddpm.Dropout(p), torch.ones(1001, 999, requires_grad=True)
+        out = layer(x)
+        kept = out != 0
+        assert abs(kept.double().mean() - (1 - p)) < 4 * (p * (1 - p) / x.numel()) ** 0.5 + 2**-16
+        assert torch.allclose(out[kept], torch.tensor(1 / (1 - p)), rtol=1e-3)
+        for shift in (1, 2, 4):  # neighbours, which share 64 random bits, are independent
+            together = (kept.flatten()[shift:] & kept.flatten()[:-shift]).double().mean()
+            assert abs(together - (1 - p) ** 2) < 5e-3 * (1 - p) ** 0.5
+        assert torch.equal(torch.autograd.grad(out.sum(), x)[0], out.detach())
+        assert not torch.equal(layer(x), out) and layer.eval()(x) is x
+
+
 def test_16_sizes_and_batch_independence():
     with pytest.raises(DDPMError, match=r"image_size: 30 is not divisible by 8.*use 24"):
         DDPMConfig(**(TINY | dict(image_size=30, ch_mult=(1, 1, 1, 1))))
@@ -608,6 +641,21 @@ def test_27_keys_are_the_plain_modules_and_ema_samples_differ():
     rebuilt = ddpm.model_from_checkpoint(checkpoint)
     assert torch.allclose(rebuilt.sample(y, steps=3), averaged, atol=1e-5)
     assert torch.allclose(ddpm.model_from_checkpoint(checkpoint, ema=False).sample(y, steps=3), raw, atol=1e-5)
+
+
+def test_a_compiled_network_sees_one_batch_shape():
+    model, shapes = tiny(), []
+    y = torch.arange(7) % 3
+    eager = torch.cat(list(model.draw_pictures(y, range(7), 3, steps=2, w=1.0)))
+
+    def backend(graph, inputs):
+        shapes.append([v.shape for v in inputs if v.ndim == 4 and v.shape[1:] == model.shape])
+        return graph.forward
+
+    model.net.compile(backend=backend, dynamic=False)
+    compiled = torch.cat(list(model.draw_pictures(y, range(7), 3, steps=2, w=1.0)))
+    assert shapes == [[(6, *model.shape)]] and compiled.shape == eager.shape
+    assert (compiled.int() - eager.int()).abs().max() <= 1
 
 
 def test_pictures_do_not_depend_on_batch_size_or_order():
@@ -2089,19 +2137,11 @@ def test_memory_of_augment_does_not_grow_with_the_number_of_pictures(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # bench.py: what it prints is there and its peers are what they are said to be; how fast anything is, is not tested
 
-TINY = (
-    "--device=cpu",
-    "--batch_size=2",
-    "--rounds=1",
-    "--steps=2",
-    "--num_samples=10",
-    "--timesteps=10",
-    "--image_size=8",
-)
+BENCH = "--device=cpu --batch_size=2 --rounds=1 --steps=2 --num_samples=10 --timesteps=10 --image_size=8".split()
 
 
 def test_bench_prints_all_parts(capfd):
-    flags = (*TINY, "--what=train,sample,augment,scaling,profile", "--ch=8", "--ch_mult=1,2", "--attn_resolutions=")
+    flags = (*BENCH, "--what=train,sample,augment,scaling,profile", "--ch=8", "--ch_mult=1,2", "--attn_resolutions=")
     status, text = cli(capfd, "bench.py", "config/shapes.py", *flags)
     assert status == 0, text
     for said in (
@@ -2119,7 +2159,7 @@ def test_bench_prints_all_parts(capfd):
 @pytest.mark.slow
 @pytest.mark.parametrize("patch", (1, 2))
 def test_bench_diffusers_is_the_same_network(capfd, patch):
-    flags = (*TINY, "--ch=128", f"--patch={patch}", "--ch_mult=1,2", "--num_res_blocks=1", "--samplers=ddim")
+    flags = (*BENCH, "--ch=128", f"--patch={patch}", "--ch_mult=1,2", "--num_res_blocks=1", "--samplers=ddim")
     status, text = cli(capfd, "bench.py", "--peer=diffusers", *flags)
     assert status == 0, text
     assert float(re.search(r"outputs differ by (\S+) of", text)[1]) < 1e-5
@@ -2129,5 +2169,5 @@ def test_bench_diffusers_is_the_same_network(capfd, patch):
 
 @pytest.mark.slow
 def test_bench_runs_lucidrains(capfd):
-    status, text = cli(capfd, "bench.py", "config/cifar_small.py", "--peer=lucidrains", *TINY)
+    status, text = cli(capfd, "bench.py", "config/cifar_small.py", "--peer=lucidrains", *BENCH)
     assert status == 0 and "lucidrains" in text and "x our time" in text, text

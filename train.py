@@ -6,6 +6,7 @@ python train.py config/cifar_linear.py --init_from=resume              go on aft
 python train.py config/shapes.py                                       a laptop: minutes, no download
 """
 
+import contextlib
 import json
 import math
 import os
@@ -172,7 +173,7 @@ if checkpoint:
     train_sums = checkpoint["sums"].to(device)
     del checkpoint
 if use_compile:
-    model.net.compile()  # in place: names in the checkpoint stay those of the plain module
+    model.net.compile(dynamic=False)  # in place: names in the checkpoint stay those of the plain module
 trained = model
 if world > 1:
     trained = torch.nn.parallel.DistributedDataParallel(
@@ -203,12 +204,17 @@ def add_by_quarter(sums, losses, t):
     sums.index_add_(0, t * 4 // model.T, torch.stack([losses, torch.ones_like(losses)], dim=1))
 
 
+def eagerly():
+    """Validation and grids come in shapes of their own, which would take longer to compile than they save."""
+    return torch.compiler.set_stance("force_eager") if use_compile else contextlib.nullcontext()
+
+
 @torch.no_grad()
 def evaluate(images, labels, first=0):
     """Loss of the averaged weights with t and noise fixed, whole and by quarter of t; labels[first] is images[0]'s."""
     sums, size = torch.zeros(4, 2, device=device), min(batch_size, 250)
     generator = make_generator(seed, 2**32 - 1)
-    with ema.applied(), evaluating(model):
+    with ema.applied(), evaluating(model), eagerly():
         for start in range(0, len(images), size):
             x0 = to_float(torch.tensor(images[start : start + size])).to(device)
             y = None if labels is None else torch.from_numpy(labels[first + start :][: len(x0)]).to(device)
@@ -232,7 +238,7 @@ def save(step):
 def draw_grid(step):
     """A class grid of the averaged weights, eight pictures a row, from the same noise every time."""
     y = torch.arange(min(10, model.K or 4)).repeat_interleave(8)
-    with ema.applied():
+    with ema.applied(), eagerly():
         w = 1.8 if model.K and p_uncond > 0 else 0.0
         x = model.sample(y if model.K else None, w, seed, range(len(y)), sampler="dpm++", steps=min(20, model.T))
     titles = model.config.class_names if model.K else ()
