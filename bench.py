@@ -7,10 +7,13 @@ python bench.py --peer=lucidrains --batch_size=16       beside denoising-diffusi
 python bench.py --what=augment --peer=diffusers         augment.py end to end: start-up and disk included
 python bench.py --what=scaling                          how time and memory grow with batch, pictures and steps
 python bench.py --what=profile                          where the time of a training step goes
+python bench.py config/cifar_small.py --what=learn --peer=lucidrains   what each has learned after so many minutes
 
 Peers run as their documentation shows. diffusers: UNet2DModel with our weights copied into it, AdamW, clipping,
 EMAModel; its schedulers' loop, both branches of the guidance in one batch. lucidrains: GaussianDiffusion with Adam and
-EMA. All sides get the same batch, dtype and compiler.
+EMA. All sides get the same batch, dtype and compiler. `learn` trains each on the real data set with its own network,
+schedule and learning rate, and draws from all of them with our sampler, unguided: what differs is what was learned. It
+keeps the pictures of a side that are there, so that sides can be run one at a time.
 """
 # ruff: noqa: F821 (batch_size, ch, lr and so on are train.py's settings, taken over below)
 
@@ -27,8 +30,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from configurator import HERE, ConfigError, configure, settings_of
-from data import Batches
+from configurator import HERE, ConfigError, configure, progress, settings_of
+from data import Batches, has_shards, load, training_count, write_shards
 from ddpm import (
     DDPM,
     EMA,
@@ -37,6 +40,7 @@ from ddpm import (
     ResBlock,
     choose_device,
     evaluating,
+    learning_rate,
     one_of,
     save_checkpoint,
     to_uint8,
@@ -45,12 +49,14 @@ from ddpm import (
 globals().update(settings_of(os.path.join(HERE, "train.py")))  # so that any of its recipes can be timed
 # ---------------------------------------------------------------------------------------------------------------------
 peer = ""  # diffusers or lucidrains
-what = "train,sample"  # also augment, scaling, profile
+what = "train,sample"  # also augment, scaling, profile, learn
 rounds = 5  # of each measurement, after one to warm up
 samplers = "ddpm,ddim,dpm++"
 steps = 10  # of each sampling
 num_samples = 16  # pictures in one
 w = 0.3  # guidance
+minutes = 60.0  # of learning, each
+learn_dir = "out-bench"  # what was learned: a folder of shards for each side
 # ---------------------------------------------------------------------------------------------------------------------
 config, given = configure(globals())
 
@@ -78,9 +84,24 @@ def autocast():
     return torch.autocast(device.split(":")[0], amp_dtype, enabled=amp_dtype is not None)
 
 
-def random_batch():
-    """x0 (B, C, H, W) in [-1, 1] and y (B,): what peers get, already on the device."""
-    return torch.rand(batch_size, *shape, device=device) * 2 - 1, torch.randint(K, (batch_size,), device=device)
+def make_batches():
+    """(batches, class names) of all sides: of the training pictures where something is to be learned, else random."""
+    if "learn" in what.split(","):
+        images, labels, names = load(dataset, "train", data_dir, size)
+        n = training_count(len(images), val_fraction)
+        images, labels = images[:n], labels[:n]
+    else:
+        images = torch.randint(256, (1000, size, size, channels), dtype=torch.uint8).numpy()
+        labels, names = np.arange(1000) % K, [str(k) for k in range(K)]
+    return Batches(images, labels, batch_size, seed, hflip, crop, 0, device), names
+
+
+def drawn_by(forward, **schedule):
+    """Our samplers around a peer's network: forward(x, t, y)."""
+    least = dict(ch=2, ch_mult=(1,), num_res_blocks=1, attn_resolutions=())  # of a network that is not used
+    model = DDPM(DDPMConfig(size, channels, K, names, **least, **schedule)).to(device)
+    model.net.forward, model.amp_dtype = forward, amp_dtype
+    return model
 
 
 class Ours:
@@ -88,23 +109,17 @@ class Ours:
 
     def __init__(self):
         shared = {key: config[key] for key in DDPMConfig.__dataclass_fields__ if key in config}
-        names = tuple(str(k) for k in range(K))
         shared |= dict(image_size=size, channels=channels, num_classes=K, class_names=names)
         self.model = DDPM(DDPMConfig(**shared)).to(device)
         self.model.amp_dtype = amp_dtype
-        for p in self.model.parameters():  # those that start at zero as well, so that a peer's output can be compared
-            torch.nn.init.normal_(p, std=0.02)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, fused=not device.startswith("mps"))
         self.ema, self.step = EMA(self.model, ema_decay), 0
-        images = torch.randint(256, (1000, size, size, channels), dtype=torch.uint8).numpy()
-        labels = torch.arange(1000).remainder(K).numpy()
-        self.batches = Batches(images, labels, batch_size, seed, hflip, crop, 0, device)
         if compiles:
             self.model.net.compile(dynamic=False)
 
     def train(self):
         self.model.train()
-        x0, y = self.batches(self.step)
+        x0, y = batches(self.step)
         self.model(x0, self.model.drop_labels(y)).mean().backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), grad_clip or float("inf"))
         self.optimizer.step()
@@ -114,6 +129,13 @@ class Ours:
 
     def sample(self, y, w, sampler, steps):
         return self.model.sample(y, w, seed, None, sampler, steps)
+
+    def lr_at(self, step, max_iters):
+        return learning_rate(step, max_iters, lr, min_lr, warmup_iters)
+
+    def averaged(self):
+        self.model.load_state_dict(self.ema.state_dict()["shadow"], strict=False)
+        return self.model
 
 
 class Diffusers:
@@ -125,13 +147,28 @@ class Diffusers:
             from diffusers.training_utils import EMAModel
         except ImportError:
             raise ConfigError("--peer=diffusers needs `pip install '.[bench]'`") from None
+        self.lr, self.patch, self.step = lr, patch, 0
+        self.schedule = dict(timesteps=timesteps, beta_start=beta_start, beta_end=beta_end)
+        self.model = self.build(diffusers.UNet2DModel, ours.model)
+        self.net = torch.compile(self.model) if compiles else self.model
+        betas = dict(num_train_timesteps=self.schedule["timesteps"])
+        betas |= {key: self.schedule[key] for key in ("beta_start", "beta_end")}
+        self.schedulers = {
+            "ddpm": diffusers.DDPMScheduler(**betas),
+            "ddim": diffusers.DDIMScheduler(**betas),
+            "dpm++": diffusers.DPMSolverMultistepScheduler(**betas),
+        }
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.lr)
+        self.ema = EMAModel(self.model.parameters(), decay=ema_decay, use_ema_warmup=True)
+
+    def build(self, UNet2DModel, ours):
         if arch != "unet" or ch % 128:
             raise ConfigError(
                 "diffusers' UNet2DModel has 32 groups everywhere and no cnn: use arch=unet, ch=128 or 256"
             )
         side = size // patch  # it has no pixel-unshuffle stem: this is done around it
         at = [side // 2**k in attn_resolutions for k in range(len(ch_mult))]
-        self.model = diffusers.UNet2DModel(
+        model = UNet2DModel(
             sample_size=side, in_channels=channels * patch**2, out_channels=channels * patch**2, dropout=dropout,
             layers_per_block=num_res_blocks, block_out_channels=tuple(ch * m for m in ch_mult), freq_shift=1,
             down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in at],
@@ -139,44 +176,33 @@ class Diffusers:
             attention_head_dim=64, attn_norm_num_groups=32, num_class_embeds=K + 1,
             resnet_time_scale_shift="scale_shift",
         ).to(device)  # fmt: skip
-        copy_weights(ours.model.net, self.model)
-        self.net = torch.compile(self.model) if compiles else self.model
-        self.check(ours.model)
-        betas = dict(num_train_timesteps=timesteps, beta_start=beta_start, beta_end=beta_end)
-        self.schedulers = {
-            "ddpm": diffusers.DDPMScheduler(**betas),
-            "ddim": diffusers.DDIMScheduler(**betas),
-            "dpm++": diffusers.DPMSolverMultistepScheduler(**betas),
-        }
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr)
-        self.ema = EMAModel(self.model.parameters(), decay=ema_decay, use_ema_warmup=True)
-
-    @torch.no_grad()
-    def check(self, ours):
-        """Prints how far the two networks' outputs are apart: by rounding."""
-        x, y = random_batch()
+        for p in ours.parameters():  # those that start at zero as well, so that outputs can be compared
+            torch.nn.init.normal_(p, std=0.02)
+        copy_weights(ours.net, model)
+        self.net, x, y = model, *batches(0)
         t = torch.randint(timesteps, (batch_size,), device=device)
-        self.model.eval()
-        with evaluating(ours):
+        with torch.no_grad(), evaluating(ours), evaluating(model):
             mine, theirs = ours.network(x, t, y), self.predict(x, t, y)
         print(f"the same network: outputs differ by {((mine - theirs).norm() / mine.norm()).item():.1e} of their norm")
+        return model
 
     def predict(self, x, t, y):
         with autocast():
-            out = self.net(F.pixel_unshuffle(x, patch), t, class_labels=y).sample
-        return F.pixel_shuffle(out, patch).float()
+            out = self.net(F.pixel_unshuffle(x, self.patch), t, class_labels=y).sample
+        return F.pixel_shuffle(out, self.patch).float()
 
     def train(self):
         self.model.train()
-        x0, y = random_batch()
+        x0, y = batches(self.step)
         y = torch.where(torch.rand(batch_size, device=device) < p_uncond, K, y)
-        noise, t = torch.randn_like(x0), torch.randint(timesteps, (batch_size,), device=device)
+        noise, t = torch.randn_like(x0), torch.randint(self.schedule["timesteps"], (batch_size,), device=device)
         xt = self.schedulers["ddpm"].add_noise(x0, noise, t)
         F.mse_loss(self.predict(xt, t, y), noise).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.step(self.model.parameters())
+        self.step += 1
 
     @torch.no_grad()
     def sample(self, y, w, sampler, steps):
@@ -192,6 +218,26 @@ class Diffusers:
                 out = (1 + w) * both[0] - w * both[1]
             x = scheduler.step(out, t, x).prev_sample
         return x
+
+
+class DiffusersOwn(Diffusers):
+    """What a user would train: diffusers' layout for CIFAR-10 (ddpm-cifar10-32) with 40 channels in place of 128."""
+
+    def build(self, UNet2DModel, ours):
+        self.lr, self.patch, self.schedule = 1e-4, 1, dict(timesteps=1000, beta_start=1e-4, beta_end=0.02)
+        return UNet2DModel(
+            sample_size=size, in_channels=channels, out_channels=channels, num_class_embeds=K + 1, freq_shift=1,
+            block_out_channels=(40, 80, 80, 80), norm_num_groups=8, layers_per_block=2, dropout=0.1,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        ).to(device)  # fmt: skip
+
+    def lr_at(self, step, max_iters):
+        return learning_rate(step, max_iters, self.lr, 0, 500)
+
+    def averaged(self):
+        self.ema.copy_to(self.model.parameters())
+        return drawn_by(self.predict, **self.schedule)
 
 
 def copy_weights(net, theirs):
@@ -238,14 +284,13 @@ class Lucidrains:
         except ImportError:
             raise ConfigError("--peer=lucidrains needs `pip install '.[bench]'`") from None
         self.model = Unet(dim=32, dim_mults=(1, 2, 4), num_classes=K, channels=channels, cond_drop_prob=p_uncond)
-        how = dict(image_size=size, timesteps=timesteps)
-        self.diffusion = GaussianDiffusion(self.model, **how).to(device)
-        self.quick = GaussianDiffusion(self.model, sampling_timesteps=steps, **how).to(device)
-        self.optimizer = torch.optim.Adam(self.diffusion.parameters(), lr=lr, betas=(0.9, 0.99))
+        self.diffusion = GaussianDiffusion(self.model, image_size=size).to(device)
+        self.quick = GaussianDiffusion(self.model, image_size=size, sampling_timesteps=steps).to(device)
+        self.optimizer, self.step = torch.optim.Adam(self.diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99)), 0
         self.ema = TheirEMA(self.diffusion, beta=0.995, update_every=10)
 
     def train(self):
-        x0, y = random_batch()
+        x0, y = batches(self.step)
         with autocast():
             loss = self.diffusion((x0 + 1) / 2, classes=y)
         loss.backward()
@@ -253,9 +298,17 @@ class Lucidrains:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update()
+        self.step += 1
 
     def sample(self, y, w, sampler, steps):
         return self.quick.sample(y.to(device), cond_scale=1 + w) * 2 - 1
+
+    def lr_at(self, step, max_iters):
+        return 1e-4
+
+    def averaged(self):
+        net = self.ema.ema_model.model
+        return drawn_by(lambda x, t, y: net(x, t, y, cond_drop_prob=0.0), timesteps=1000, schedule="cosine")
 
 
 def peak_rates():
@@ -349,7 +402,7 @@ def bench_scaling(sides):
     """Time and memory of our step by batch, and time of sampling by pictures and steps."""
     ours = sides["nanoDDPM"]
     for b in (max(1, batch_size // 4), max(1, batch_size // 2), batch_size):
-        ours.batches.batch_size = b
+        batches.batch_size = b
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
         table(f"training step, batch {b}", medians({"nanoDDPM": ours.train}), b)
@@ -371,10 +424,37 @@ def bench_profile(sides):
     print(profiler.key_averages().table(sort_by=f"self_{'cuda' if on_gpu else 'cpu'}_time_total", row_limit=25))
 
 
-PEERS = {"diffusers": Diffusers, "lucidrains": Lucidrains}
+def bench_learn(sides):
+    """Each side learns for so many minutes, then draws num_samples pictures: shards, for evaluate.py to compare."""
+    for name, side in sides.items():
+        folder = os.path.join(learn_dir, name)
+        if has_shards(folder):
+            print(f"{folder} is there and is kept")
+            continue
+        side.step, start, share = 0, time.time(), 1e-9
+        while share < 1:
+            for group in side.optimizer.param_groups:
+                group["lr"] = side.lr_at(side.step, side.step / share)
+            side.train()
+            share = (time.time() - start) / (60 * minutes)
+            progress(name, min(share, 1), start)
+        print(f"{name}: {side.step} steps, {side.step * batch_size} pictures in {minutes:g} minutes", flush=True)
+        y = torch.arange(num_samples) % K
+        pictures = side.averaged().draw_pictures(y, range(num_samples), 100, seed=seed, sampler="dpm++", steps=15)
+        write_shards(folder, torch.cat(list(pictures)).numpy(), y.numpy(), names)
+    folders = " and ".join(f"--samples={learn_dir}/{name}" for name in sides)
+    print(f"compare: python evaluate.py --dataset={dataset} with {folders}")
+
+
 PARTS = dict(
-    train=bench_train, sample=bench_sample, augment=bench_augment, scaling=bench_scaling, profile=bench_profile
+    train=bench_train,
+    sample=bench_sample,
+    augment=bench_augment,
+    scaling=bench_scaling,
+    profile=bench_profile,
+    learn=bench_learn,
 )
+PEERS = {"diffusers": DiffusersOwn if what == "learn" else Diffusers, "lucidrains": Lucidrains}
 one_of("peer", peer, ("", *PEERS))
 for part in what.split(","):
     one_of("what", part, tuple(PARTS))
@@ -383,6 +463,7 @@ torch.manual_seed(seed)
 size = image_size or {"fashion_mnist": 28, "flowers102": 64}.get(dataset, 32)
 channels, K = 1 if dataset == "fashion_mnist" else 3, 102 if dataset == "flowers102" else 10
 shape = (channels, size, size)
+batches, names = make_batches()
 sides = {"nanoDDPM": Ours()}
 if peer:
     sides[peer] = PEERS[peer](sides["nanoDDPM"])

@@ -993,6 +993,15 @@ def test_a_folder_of_pictures_with_and_without_classes(tmp_path):
         data.load(str(tmp_path / "p"), data_dir=str(tmp_path / "kept"), image_size=16)
 
 
+def test_the_library_starts_without_what_it_needs_rarely():
+    """Half of the seconds to a first step are imports: those that only some runs need are made when they are needed."""
+    code = (
+        "import sys, data, configurator; print(*{'torchvision', 'PIL', 'matplotlib', 'torch._dynamo'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HERE)
+    assert done.stdout.strip() == ""
+
+
 def test_torchvisions_cifar10_download_is_used_checked_and_then_not_needed(tmp_path, monkeypatch):
     """A small archive in CIFAR-10's own format, fetched by torchvision from a server of this test."""
     import torchvision
@@ -2137,7 +2146,7 @@ def test_memory_of_augment_does_not_grow_with_the_number_of_pictures(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # bench.py: what it prints is there and its peers are what they are said to be; how fast anything is, is not tested
 
-BENCH = "--device=cpu --batch_size=2 --rounds=1 --steps=2 --num_samples=10 --timesteps=10 --image_size=8".split()
+BENCH = "--device=cpu --batch_size=2 --rounds=1 --steps=2 --num_samples=10 --timesteps=15 --image_size=8".split()
 
 
 def test_bench_prints_all_parts(capfd):
@@ -2165,6 +2174,37 @@ def test_bench_diffusers_is_the_same_network(capfd, patch):
     assert float(re.search(r"outputs differ by (\S+) of", text)[1]) < 1e-5
     mine, theirs = re.search(r"nanoDDPM (\S+)M weights, diffusers (\S+)M", text).groups()
     assert mine == theirs and "x our time" in text
+
+
+def learn(capfd, tmp_path, *flags):
+    """Runs bench.py --what=learn on random pictures: what it said, and {side: what it drew}."""
+    rng, names = np.random.default_rng(0), [f"class {k}" for k in range(10)]
+    data.write_shards(f"{tmp_path}/real", rng.integers(256, size=(50, 8, 8, 3)), np.arange(50) % 10, names)
+    flags = (*BENCH, "--what=learn", f"--dataset={tmp_path}/real", f"--learn_dir={tmp_path}/learned", *flags)
+    status, text = cli(capfd, "bench.py", "config/shapes.py", *flags)
+    assert status == 0, text
+    drawn = {}
+    for side in os.listdir(f"{tmp_path}/learned"):
+        images, labels, found = data.load(f"{tmp_path}/learned/{side}")
+        assert images.shape == (10, 8, 8, 3) and labels.tolist() == list(range(10)) and found == names
+        drawn[side] = np.array(images)
+    return text, drawn
+
+
+def test_bench_learns_for_a_while_and_keeps_the_pictures(capfd, tmp_path):
+    net = ("--ch=8", "--ch_mult=1,2", "--attn_resolutions=")
+    text, drawn = learn(capfd, tmp_path, *net, "--minutes=0.02")
+    steps, pictures = map(int, re.search(r"nanoDDPM: (\d+) steps, (\d+) pictures in 0.02 minutes", text).groups())
+    assert pictures == 2 * steps > 0
+    text, again = learn(capfd, tmp_path, *net, "--seed=1")
+    assert "is kept" in text and np.array_equal(drawn["nanoDDPM"], again["nanoDDPM"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", ("diffusers", "lucidrains"))
+def test_bench_peers_learn(capfd, tmp_path, peer):
+    text, drawn = learn(capfd, tmp_path, f"--peer={peer}", "--minutes=0.05")
+    assert not np.array_equal(drawn[peer], drawn["nanoDDPM"]) and f"{peer}: " in text
 
 
 @pytest.mark.slow
