@@ -46,8 +46,9 @@ classes = ""  # names or numbers; default all
 seed = 0  # picture k of a seed is the same on any number of processes
 w = None  # guidance of Ho & Salimans: -1 unconditional, 0 conditional; default 0.3 (0 without a null label)
 guidance_scale = None  # other papers' number for the same thing, 1 + w; give one of the two
+interval = ()  # low,high: guide only while sigma = sqrt(1 / alpha_bar - 1) is between them; empty: always
 sampler = "dpm++"  # ddpm, ddim
-steps = 15  # of the model's T
+steps = 10  # of the model's T
 eta = 0.0  # ddim's noise: 1 makes it ddpm
 variance = "posterior"  # of ddpm: posterior or beta
 clip_x0 = True  # keep the predicted picture in [-1, 1] at every step
@@ -98,8 +99,10 @@ def weights_hash():
 
 
 settings = dict(weights=weights_hash(), step=checkpoint["step"], classes=[names[k] for k in labels_of] if names else [])
-settings |= dict(per_class=per_class, shard_size=each * C, seed=seed, w=w, sampler=sampler, steps=steps, eta=eta)
-settings |= dict(variance=variance, clip_x0=clip_x0, ema=ema, dtype=str(amp_dtype or torch.float32)[6:], keep=keep)
+how = dict(w=w, interval=list(interval), seed=seed, sampler=sampler, steps=steps)  # what DDPM.sample takes
+how |= dict(eta=eta, clip_x0=clip_x0, variance=variance)
+settings |= dict(per_class=per_class, shard_size=each * C, ema=ema, dtype=str(amp_dtype or torch.float32)[6:])
+settings |= how | dict(keep=keep)
 if judge:
     settings["classifier"] = file_hash(os.path.join(out_dir, "classifier.pt"))
 
@@ -118,7 +121,7 @@ def draw_shard(i, report):
     drawn = math.ceil(n / keep)  # of each class
     first = i * math.ceil(each / keep) * C  # this shard's first picture
     y = torch.tensor(labels_of).repeat(drawn)
-    images, how = [], dict(w=w, seed=seed, sampler=sampler, steps=steps, eta=eta, clip_x0=clip_x0, variance=variance)
+    images = []
     for part in model.draw_pictures(y if model.K else None, range(first, first + len(y)), batch_size, **how):
         images.append(part)
         report(sum(map(len, images)) / len(y))

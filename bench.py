@@ -55,6 +55,7 @@ samplers = "ddpm,ddim,dpm++"
 steps = 10  # of each sampling
 num_samples = 16  # pictures in one
 w = 0.3  # guidance
+interval = ()  # our guidance interval (see sample.py); peers guide at every step
 minutes = 60.0  # of learning, each
 learn_dir = "out-bench"  # what was learned: a folder of shards for each side
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ class Ours:
         self.step += 1
 
     def sample(self, y, w, sampler, steps):
-        return self.model.sample(y, w, seed, None, sampler, steps)
+        return self.model.sample(y, w, seed, None, sampler, steps, interval=interval)
 
     def lr_at(self, step, max_iters):
         return learning_rate(step, max_iters, lr, min_lr, warmup_iters)
@@ -373,20 +374,10 @@ def bench_augment(sides):
         model = sides["nanoDDPM"].model
         weights = {name: p.cpu() for name, p in model.state_dict().items()}
         save_checkpoint(f"{folder}/ckpt.pt", dict(model_args=asdict(model.config), ema=dict(shadow=weights), step=0))
-        command = [
-            sys.executable,
-            os.path.join(HERE, "augment.py"),
-            f"--out_dir={folder}",
-            f"--w={w}",
-            f"--steps={steps}",
-        ]
-        command += [
-            f"--per_class={num_samples // K}",
-            f"--batch_size={batch_size}",
-            "--overwrite=True",
-            f"--device={device}",
-        ]
-        command += [f"--dtype={config['dtype']}", f"--use_compile={compiles}"]
+        flags = dict(out_dir=folder, w=w, interval=",".join(map(str, interval)), steps=steps, overwrite=True)
+        flags |= dict(per_class=num_samples // K, batch_size=batch_size, device=device, dtype=dtype)
+        command = [sys.executable, os.path.join(HERE, "augment.py"), f"--use_compile={compiles}"]
+        command += [f"--{key}={value}" for key, value in flags.items()]
 
         def loop(side):
             labels = torch.arange(num_samples // K * K) % K
@@ -399,17 +390,23 @@ def bench_augment(sides):
 
 
 def bench_scaling(sides):
-    """Time and memory of our step by batch, and time of sampling by pictures and steps."""
-    ours = sides["nanoDDPM"]
-    for b in (max(1, batch_size // 4), max(1, batch_size // 2), batch_size):
-        batches.batch_size = b
+    """Time and memory of our step by batch, and of drawing by pictures (batch_size at once) and by steps."""
+    ours, b = sides["nanoDDPM"], batch_size
+
+    def measure(title, pictures, function):
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
-        table(f"training step, batch {b}", medians({"nanoDDPM": ours.train}), b)
-        print(f"{'':<34} peak memory {memory():.0f} MB")
-    for n, k in ((num_samples // 4, steps), (num_samples // 2, steps), (num_samples, steps), (num_samples, 2 * steps)):
-        seconds = medians({"nanoDDPM": lambda n=n, k=k: ours.sample(torch.arange(n) % K, 0.0, "ddim", k)})
-        table(f"ddim, {n} pictures, {k} steps", seconds, n)
+        table(title, medians({"nanoDDPM": function}), pictures)
+        print(f"{'':<34} peak memory {memory():.0f} MB", flush=True)
+
+    for n, k in ((b, steps), (4 * b, steps), (16 * b, steps), (b, 2 * steps), (b, 4 * steps)):
+        draw = ours.model.draw_pictures
+        how = dict(sampler="dpm++", steps=k)
+        measure(f"{n} pictures, {k} steps", n, lambda n=n: list(draw(torch.arange(n) % K, range(n), b, **how)))
+    for n in (max(1, b // 4), max(1, b // 2), b, 2 * b):
+        batches.batch_size = n
+        measure(f"training step, batch {n}", n, ours.train)
+    batches.batch_size = b
 
 
 def bench_profile(sides):

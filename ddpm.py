@@ -12,7 +12,8 @@ network believes.
 [1] Ho, Jain, Abbeel 2020, Denoising diffusion probabilistic models      [2] Nichol, Dhariwal 2021, Improved DDPM
 [3] Ho, Salimans 2022, Classifier-free diffusion guidance                [4] Song, Meng, Ermon 2021, DDIM
 [5] Salimans, Ho 2022, Progressive distillation (v)                      [6] Lu et al. 2022, DPM-Solver++
-[7] Hang et al. 2023, Min-SNR weighting
+[7] Hang et al. 2023, Min-SNR weighting                                  [8] Karras et al. 2022, EDM
+[9] Kynkäänniemi et al. 2024, Guidance in a limited interval
 """
 
 import contextlib
@@ -154,6 +155,11 @@ def posterior_coefficients(abar_t, abar_s):
     c0 = abar_s**0.5 * (1 - alpha) / (1 - abar_t)
     ct = alpha**0.5 * (1 - abar_s) / (1 - abar_t)
     return c0, ct, (1 - alpha) * (1 - abar_s) / (1 - abar_t)
+
+
+def sigma_of(abar):
+    """Standard deviation of the noise in units of the picture's: xt / sqrt(abar) = x0 + sigma eps ([8]'s sigma)."""
+    return (1 / abar - 1) ** 0.5
 
 
 def loss_weights(weighting, objective, betas, alphas_bar):
@@ -525,34 +531,35 @@ class DDPM(nn.Module):
     # -----------------------------------------------------------------------------------------------------------------
     # samplers
 
-    def sampler_timesteps(self, steps, sampler):
-        """The t visited, strictly falling from T-1 to 0: evenly in log-SNR for dpm++ ([6]), else by squares ([4] D.2).
+    def sampler_timesteps(self, steps):
+        """The t visited, strictly falling from T-1; all T of them when steps is None.
 
-        All T of them when steps is None. Raises DDPMError unless 1 <= steps <= T.
+        Evenly in sigma^(1/7) ([8] eq. 5), sigma = sqrt(1 / alpha_bar - 1), from the schedule's last or 80 to 0.03: what
+        noise is left there is not seen. Raises DDPMError unless 1 <= steps <= T.
         """
         steps = self.T if steps is None else steps
         if not 1 <= steps <= self.T:
             raise DDPMError(f"steps: {steps} must be between 1 and the model's {self.T} timesteps")
-        u = torch.linspace(1, 0, steps, dtype=torch.float64)
-        if sampler == "dpm++":
-            logsnr = torch.tensor([math.log(a / (1 - a)) for a in self.abar], dtype=torch.float64)
-            ts = torch.searchsorted(-logsnr, -(logsnr[0] + u * (logsnr[-1] - logsnr[0]))).tolist()
-        else:
-            ts = ((self.T - 1) * u**2).round().long().tolist()
+        sigma = torch.tensor([sigma_of(a) for a in self.abar], dtype=torch.float64)
+        high, low = sigma[-1].clamp(max=80) ** (1 / 7), sigma[0].clamp(min=0.03) ** (1 / 7)
+        wanted = (low + torch.linspace(1, 0, steps, dtype=torch.float64) * (high - low)) ** 7
+        ts = (sigma.log() - wanted.log()[:, None]).abs().argmin(dim=1).tolist()
         ts[0] = self.T - 1
         for i in range(1, steps):  # rounding may repeat a t: make each one lower than the last, with room for the rest
-            ts[i] = max(min(int(ts[i]), ts[i - 1] - 1), steps - 1 - i)
+            ts[i] = max(min(ts[i], ts[i - 1] - 1), steps - 1 - i)
         return ts
 
     @torch.no_grad()
     def sample(self, y=None, w=0.0, seed=0, indices=None, sampler="ddpm", steps=None, eta=0.0, clip_x0=True,
-               variance="posterior", on_step=None):  # fmt: skip
+               variance="posterior", interval=(), on_step=None):  # fmt: skip
         """Draws pictures (B, C, H, W), about in [-1, 1], on the model's device.
 
         y: (B,) labels, or None for the null label; w: guidance ([3]: 0 is none); seed and indices: picture indices[i]
         of the seed (default 0..B-1) has noise of its own; steps: how many of the T steps (default all).
         sampler: `ddpm` ([1] alg. 2; variance `posterior` or `beta`, the two of [1] sec. 3.2), `ddim` ([4] eq. 12;
         eta = 0 draws no noise, eta = 1 equals ddpm) or `dpm++` ([6] alg. 2, second order multistep).
+        interval: (low, high), where guidance is to act only while sigma = sqrt(1 / alpha_bar - 1) is in between ([9]);
+        the other steps are w = 0 and half the work.
         on_step(i, xt, x0_hat) is called after each step with what was drawn and what was believed.
         Raises DDPMError for an unknown sampler, label, number of steps, or guidance of a model that cannot be guided.
         """
@@ -565,6 +572,8 @@ class DDPM(nn.Module):
                             "labels were given, but this model is unconditional")  # fmt: skip
         if eta and sampler != "ddim":
             raise DDPMError(f"eta={eta:g} belongs to ddim, but the sampler is {sampler}")
+        if interval and not (len(interval) == 2 and 0 <= interval[0] <= interval[1]):
+            raise DDPMError(f"interval: {interval} must be (low, high) with 0 <= low <= high, or empty for everywhere")
         if w != 0 and not self.K:
             raise DDPMError(f"w={w:g}: this model is unconditional, there is nothing to guide")
         if self.K and self.config.p_uncond == 0 and (y is None or w != 0):
@@ -574,14 +583,15 @@ class DDPM(nn.Module):
         if y is not None:
             y = y.to(device)
         noise = PictureNoise(seed, indices, self.shape, device)
-        timesteps = self.sampler_timesteps(steps, sampler)
+        timesteps = self.sampler_timesteps(steps)
         xt, x0_prev, h_prev = noise(), None, None
         with evaluating(self):
             for i, t in enumerate(timesteps):
                 last = i == len(timesteps) - 1
                 abar_t, abar_s = self.abar[t], 1.0 if last else self.abar[timesteps[i + 1]]
                 t_batch = torch.full((len(indices),), t, device=device)
-                x0_hat, eps_hat = self.predict(xt, t_batch, y, w, clip_x0)
+                guides = not interval or interval[0] <= sigma_of(abar_t) <= interval[1]
+                x0_hat, eps_hat = self.predict(xt, t_batch, y, w if guides else min(w, 0), clip_x0)
                 if last:
                     xt = x0_hat  # alpha_bar is 1: every sampler ends here
                 elif sampler == "ddpm":

@@ -49,8 +49,9 @@ cnn_iters = 1500  # updates of those classifiers
 seed = 0
 w = None  # guidance of Ho & Salimans; default 0.3
 guidance_scale = None  # other papers' number for the same thing, 1 + w
+interval = ()  # low,high: guide only while sigma = sqrt(1 / alpha_bar - 1) is between them; empty: always
 sampler = "dpm++"  # ddpm, ddim
-steps = 15  # of the model's T
+steps = 10  # of the model's T
 eta = 0.0  # ddim's noise: 1 makes it ddpm
 ema = True  # the averaged weights; False: the raw ones
 batch_size = 100  # pictures at once, drawn or looked at
@@ -229,7 +230,7 @@ def open_model(names, side):
 def draw_samples(model, weight, count):
     """`count` pictures (N, H, W, C) and their labels, the classes in turn."""
     labels, images, start = torch.arange(count) % max(1, model.K), [], time.time()
-    how = dict(w=weight, seed=seed, sampler=sampler, steps=steps, eta=eta)
+    how = dict(w=weight, interval=interval, seed=seed, sampler=sampler, steps=steps, eta=eta)
     for part in model.draw_pictures(labels if model.K else None, range(count), batch_size, **how):
         images.append(part.numpy())
         progress("drawing", sum(map(len, images)) / count, start)

@@ -20,6 +20,7 @@ out_dir = "out"  # the checkpoint is here, and the pictures go here
 seed = 17  # picture k of a seed is the same at any batch size and on any machine (up to rounding)
 w = None  # guidance of Ho & Salimans: -1 unconditional, 0 conditional; default 1.8 (0 without a null label)
 guidance_scale = None  # other papers' number for the same thing, 1 + w; give one of the two
+interval = ()  # low,high: guide only while sigma = sqrt(1 / alpha_bar - 1) is between them; empty: always
 classes = ""  # names or numbers, a row for each, repeats allowed; default all
 num_samples = 0  # pictures per row and class; default 8, in a sweep 1
 sampler = "dpm++"  # ddpm, ddim
@@ -81,7 +82,8 @@ def draw(labels, settings, what, frames=None):
                 frames.setdefault(i, []).append(to_uint8(xt).cpu())
             progress(what, (first + len(indices) * (i + 1) / s["steps"]) / len(labels), start)
 
-        done.append(model.sample(y, indices=indices, on_step=on_step, **{k: s[k] for k in keys}).cpu())
+        how = {k: s[k] for k in keys} | dict(interval=interval, on_step=on_step)
+        done.append(model.sample(y, indices=indices, **how).cpu())
     return torch.cat(done)
 
 

@@ -266,15 +266,42 @@ def test_11_oracle_of_gaussian_data_gives_its_mean_and_variance(double, sampler,
 def test_12_steps_fall_from_T_minus_1_to_0():
     for schedule in SCHEDULES:
         model = tiny(schedule=schedule, timesteps=500, beta_end=0.028)
-        for sampler in ddpm.SAMPLERS:
-            for steps in (1, 2, 3, 10, 50, 250, 499, 500):
-                ts = model.sampler_timesteps(steps, sampler)
-                assert len(ts) == steps and ts[0] == 499 and all(a > b for a, b in zip(ts, ts[1:]))
-                assert ts[-1] == (499 if steps == 1 else 0)
-            assert model.sampler_timesteps(500, sampler) == list(range(499, -1, -1))
+        for steps in (1, 2, 3, 10, 50, 250, 499, 500):
+            ts = model.sampler_timesteps(steps)
+            assert len(ts) == steps and ts[0] == 499 and all(a > b for a, b in zip(ts, ts[1:]))
+            last = model.abar[ts[-1]]
+            assert steps == 1 or 0 <= ts[-1] < 12 and (1 - last) / last <= 0.03**2 * 1.2
+        assert model.sampler_timesteps(500) == model.sampler_timesteps(None) == list(range(499, -1, -1))
         for steps in (0, 501):
             with pytest.raises(DDPMError, match="between 1 and"):
-                model.sampler_timesteps(steps, "ddim")
+                model.sampler_timesteps(steps)
+
+
+def test_12_steps_are_even_in_the_seventh_root_of_sigma():
+    model = tiny(schedule="linear", timesteps=5000, beta_end=0.0028)  # fine enough for the formula to be seen
+    sigma = np.array([(1 / model.abar[t] - 1) ** 0.5 for t in model.sampler_timesteps(8)])
+    assert np.ptp(np.diff(sigma ** (1 / 7))) < 0.02 and abs(sigma[-1] - 0.03) < 0.002
+
+
+def test_interval_guides_between_its_ends_alone():
+    model, y, calls = tiny(timesteps=50, beta_end=0.28), torch.tensor([0, 1]), []
+    model.net = Net(lambda x, t, y: calls.append((t[0].item(), len(t))) or 0.1 * x + 0.05 * y[:, None, None, None])
+
+    def draw(**how):
+        calls.clear()
+        return model.sample(y, sampler="dpm++", steps=20, **how)
+
+    always, never = draw(w=2.0), draw(w=0.0)
+    assert torch.equal(draw(w=2.0, interval=(0, 1e9)), always) and torch.equal(draw(w=2.0, interval=(1e8, 1e9)), never)
+    some = draw(w=2.0, interval=(0.3, 3))
+    assert not torch.equal(some, always) and not torch.equal(some, never)
+    assert [n for _, n in calls] == [4 if 0.3 <= (1 / model.abar[t] - 1) ** 0.5 <= 3 else 2 for t, _ in calls]
+    assert 0 < sum(n == 4 for _, n in calls) < 20
+    draw(w=-1.0, interval=(0.3, 3))
+    assert all(n == 2 for _, n in calls)  # unconditional everywhere
+    for wrong in ((1,), (3, 1), (-1, 2)):
+        with pytest.raises(DDPMError, match="interval"):
+            draw(w=2.0, interval=wrong)
 
 
 def test_12_ddim_with_eta_1_is_ddpm(double):
@@ -2157,7 +2184,8 @@ def test_bench_prints_all_parts(capfd):
         "training step, batch 2",
         "dpm++, 2 steps, w=0.3",
         "augment, dpm++",
-        "10 pictures, 4 steps",
+        "32 pictures, 2 steps",
+        "2 pictures, 8 steps",
         "peak mem",
     ):
         assert said in text, said
