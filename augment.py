@@ -36,7 +36,7 @@ from data import (
     tile,
     write_shard,
 )
-from ddpm import choose_device, guidance_weight, model_from_checkpoint, open_checkpoint, to_float
+from ddpm import check_interval, choose_device, guidance_weight, model_from_checkpoint, open_checkpoint, to_float
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = "out"  # the checkpoint is here
@@ -44,9 +44,9 @@ synthetic_dir = ""  # the shards go here; default out_dir/synthetic
 per_class = 5000  # pictures of each class
 classes = ""  # names or numbers; default all
 seed = 0  # picture k of a seed is the same on any number of processes
-w = None  # guidance of Ho & Salimans: -1 unconditional, 0 conditional; default 0.3 (0 without a null label)
+w = None  # guidance of Ho & Salimans: -1 unconditional, 0 conditional; default 1 (0 without a null label)
 guidance_scale = None  # other papers' number for the same thing, 1 + w; give one of the two
-interval = ()  # low,high: guide only while sigma = sqrt(1 / alpha_bar - 1) is between them; empty: always
+interval = (0.25, 4.0)  # guide only while sigma = sqrt(1 / alpha_bar - 1) is between the two; empty: always
 sampler = "dpm++"  # ddpm, ddim
 steps = 10  # of the model's T
 eta = 0.0  # ddim's noise: 1 makes it ddpm
@@ -74,7 +74,9 @@ device, amp_dtype, use_compile = choose_device(device, dtype, use_compile)
 path, checkpoint = open_checkpoint(out_dir, os.path.join(HERE, "weights"))
 model = model_from_checkpoint(checkpoint, ema, device)
 model.amp_dtype = amp_dtype
-w = guidance_weight(w, guidance_scale, 0.3, model)
+w = guidance_weight(w, guidance_scale, 1.0, model)
+check_interval(interval)
+interval = interval if w > 0 else ()  # where it changes nothing
 names = list(model.config.class_names) or [str(k) for k in range(model.K)]
 labels_of = class_ids(classes, names) if classes else list(range(max(1, model.K)))
 C = len(labels_of)
@@ -219,8 +221,9 @@ if use_compile and mine:
 if rank == 0:
     print(
         f"{path}, step {checkpoint['step']}; {world} x {device}, {settings['dtype']}; "
-        f"w={w:g} (guidance_scale={1 + w:g}), {sampler}, {steps} steps, seed {seed}; {per_class} pictures for each of "
-        f"{C} classes into {folder}: {len(todo)} of {math.ceil(per_class / each)} shards to be made",
+        f"w={w:g} (guidance_scale={1 + w:g}), interval {interval}, {sampler}, {steps} steps, seed {seed}; "
+        f"{per_class} pictures for each of {C} classes into {folder}: "
+        f"{len(todo)} of {math.ceil(per_class / each)} shards to be made",
         flush=True,
     )
 total, start, made = sum(map(size_of, mine)) * C, time.time(), 0

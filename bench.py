@@ -238,6 +238,7 @@ class DiffusersOwn(Diffusers):
 
     def averaged(self):
         self.ema.copy_to(self.model.parameters())
+        self.model.eval()  # drawn_by's model switches its own network, not this one
         return drawn_by(self.predict, **self.schedule)
 
 
@@ -308,7 +309,7 @@ class Lucidrains:
         return 1e-4
 
     def averaged(self):
-        net = self.ema.ema_model.model
+        net = self.ema.ema_model.model.eval()
         return drawn_by(lambda x, t, y: net(x, t, y, cond_drop_prob=0.0), timesteps=1000, schedule="cosine")
 
 
@@ -437,7 +438,7 @@ def bench_learn(sides):
             progress(name, min(share, 1), start)
         print(f"{name}: {side.step} steps, {side.step * batch_size} pictures in {minutes:g} minutes", flush=True)
         y = torch.arange(num_samples) % K
-        pictures = side.averaged().draw_pictures(y, range(num_samples), 100, seed=seed, sampler="dpm++", steps=15)
+        pictures = side.averaged().draw_pictures(y, range(num_samples), 100, seed=seed, sampler="dpm++", steps=steps)
         write_shards(folder, torch.cat(list(pictures)).numpy(), y.numpy(), names)
     folders = " and ".join(f"--samples={learn_dir}/{name}" for name in sides)
     print(f"compare: python evaluate.py --dataset={dataset} with {folders}")
@@ -451,7 +452,7 @@ PARTS = dict(
     profile=bench_profile,
     learn=bench_learn,
 )
-PEERS = {"diffusers": DiffusersOwn if what == "learn" else Diffusers, "lucidrains": Lucidrains}
+PEERS = {"diffusers": DiffusersOwn if "learn" in what.split(",") else Diffusers, "lucidrains": Lucidrains}
 one_of("peer", peer, ("", *PEERS))
 for part in what.split(","):
     one_of("what", part, tuple(PARTS))

@@ -534,8 +534,8 @@ class DDPM(nn.Module):
     def sampler_timesteps(self, steps):
         """The t visited, strictly falling from T-1; all T of them when steps is None.
 
-        Evenly in sigma^(1/7) ([8] eq. 5), sigma = sqrt(1 / alpha_bar - 1), from the schedule's last or 80 to 0.03: what
-        noise is left there is not seen. Raises DDPMError unless 1 <= steps <= T.
+        After T-1 evenly in sigma^(1/7) ([8] eq. 5), sigma = sqrt(1 / alpha_bar - 1), as from the schedule's last sigma
+        or 80 down to 0.03, from where x0_hat is the picture. Raises DDPMError unless 1 <= steps <= T.
         """
         steps = self.T if steps is None else steps
         if not 1 <= steps <= self.T:
@@ -558,8 +558,8 @@ class DDPM(nn.Module):
         of the seed (default 0..B-1) has noise of its own; steps: how many of the T steps (default all).
         sampler: `ddpm` ([1] alg. 2; variance `posterior` or `beta`, the two of [1] sec. 3.2), `ddim` ([4] eq. 12;
         eta = 0 draws no noise, eta = 1 equals ddpm) or `dpm++` ([6] alg. 2, second order multistep).
-        interval: (low, high), where guidance is to act only while sigma = sqrt(1 / alpha_bar - 1) is in between ([9]);
-        the other steps are w = 0 and half the work.
+        interval: (low, high), where a positive w is to act only while sigma = sqrt(1 / alpha_bar - 1) is in between
+        ([9]); the other steps are w = 0 and half the work.
         on_step(i, xt, x0_hat) is called after each step with what was drawn and what was believed.
         Raises DDPMError for an unknown sampler, label, number of steps, or guidance of a model that cannot be guided.
         """
@@ -572,8 +572,7 @@ class DDPM(nn.Module):
                             "labels were given, but this model is unconditional")  # fmt: skip
         if eta and sampler != "ddim":
             raise DDPMError(f"eta={eta:g} belongs to ddim, but the sampler is {sampler}")
-        if interval and not (len(interval) == 2 and 0 <= interval[0] <= interval[1]):
-            raise DDPMError(f"interval: {interval} must be (low, high) with 0 <= low <= high, or empty for everywhere")
+        check_interval(interval)
         if w != 0 and not self.K:
             raise DDPMError(f"w={w:g}: this model is unconditional, there is nothing to guide")
         if self.K and self.config.p_uncond == 0 and (y is None or w != 0):
@@ -590,8 +589,8 @@ class DDPM(nn.Module):
                 last = i == len(timesteps) - 1
                 abar_t, abar_s = self.abar[t], 1.0 if last else self.abar[timesteps[i + 1]]
                 t_batch = torch.full((len(indices),), t, device=device)
-                guides = not interval or interval[0] <= sigma_of(abar_t) <= interval[1]
-                x0_hat, eps_hat = self.predict(xt, t_batch, y, w if guides else min(w, 0), clip_x0)
+                guides = w < 0 or not interval or interval[0] <= sigma_of(abar_t) <= interval[1]
+                x0_hat, eps_hat = self.predict(xt, t_batch, y, w if guides else 0, clip_x0)
                 if last:
                     xt = x0_hat  # alpha_bar is 1: every sampler ends here
                 elif sampler == "ddpm":
@@ -603,7 +602,7 @@ class DDPM(nn.Module):
                     xt = abar_s**0.5 * x0_hat + (1 - abar_s - sigma**2) ** 0.5 * eps_hat
                     xt = xt + sigma * noise() if eta else xt
                 else:
-                    h = 0.5 * math.log(abar_s / (1 - abar_s) * (1 - abar_t) / abar_t)  # step in lambda = log-SNR / 2
+                    h = math.log(sigma_of(abar_t) / sigma_of(abar_s))  # step in lambda = log-SNR / 2
                     D = x0_hat if x0_prev is None else x0_hat + h / (2 * h_prev) * (x0_hat - x0_prev)
                     xt = ((1 - abar_s) / (1 - abar_t)) ** 0.5 * xt - abar_s**0.5 * math.expm1(-h) * D
                     x0_prev, h_prev = x0_hat, h
@@ -725,6 +724,13 @@ def model_from_checkpoint(checkpoint, ema=True, device="cpu"):
     weights = checkpoint["ema"]["shadow"] if ema else checkpoint["model"]
     model.load_state_dict(weights)
     return model.to(device).eval()
+
+
+def check_interval(interval):
+    """Raises DDPMError unless the interval is () or (low, high)."""
+    numbers = all(isinstance(end, (int, float)) for end in interval)
+    if interval and not (numbers and len(interval) == 2 and 0 <= interval[0] <= interval[1]):
+        raise DDPMError(f"interval: {interval} must be low,high with 0 <= low <= high, or empty for everywhere")
 
 
 def guidance_weight(w, guidance_scale, default, model):

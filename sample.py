@@ -101,7 +101,7 @@ chosen = resolve(settings)
 print(
     f"{path}, step {checkpoint['step']}, {'averaged' if ema else 'raw'} weights; {device}, "
     f"{str(amp_dtype or torch.float32)[6:]}; w={chosen['w']:g} (guidance_scale={1 + chosen['w']:g}), "
-    f"{chosen['sampler']}, {chosen['steps']} steps, seed {seed}"
+    f"{f'interval {interval}, ' if interval else ''}{chosen['sampler']}, {chosen['steps']} steps, seed {seed}"
 )
 if sweep:
     per_class = num_samples or (1 if model.K else 8)

@@ -281,6 +281,9 @@ def test_12_steps_are_even_in_the_seventh_root_of_sigma():
     model = tiny(schedule="linear", timesteps=5000, beta_end=0.0028)  # fine enough for the formula to be seen
     sigma = np.array([(1 / model.abar[t] - 1) ** 0.5 for t in model.sampler_timesteps(8)])
     assert np.ptp(np.diff(sigma ** (1 / 7))) < 0.02 and abs(sigma[-1] - 0.03) < 0.002
+    model = tiny(schedule="cosine", timesteps=5000)  # its last sigma, 1e5, is far above 80
+    sigma = np.array([(1 / model.abar[t] - 1) ** 0.5 for t in model.sampler_timesteps(8)])
+    assert np.ptp(np.diff(np.r_[80, sigma[1:]] ** (1 / 7))) < 0.02
 
 
 def test_interval_guides_between_its_ends_alone():
@@ -297,9 +300,9 @@ def test_interval_guides_between_its_ends_alone():
     assert not torch.equal(some, always) and not torch.equal(some, never)
     assert [n for _, n in calls] == [4 if 0.3 <= (1 / model.abar[t] - 1) ** 0.5 <= 3 else 2 for t, _ in calls]
     assert 0 < sum(n == 4 for _, n in calls) < 20
-    draw(w=-1.0, interval=(0.3, 3))
-    assert all(n == 2 for _, n in calls)  # unconditional everywhere
-    for wrong in ((1,), (3, 1), (-1, 2)):
+    unconditional = draw(w=-1.0)
+    assert torch.equal(draw(w=-1.0, interval=(0.3, 3)), unconditional) and not torch.equal(unconditional, never)
+    for wrong in ((1,), (3, 1), (-1, 2), ("a", "b")):
         with pytest.raises(DDPMError, match="interval"):
             draw(w=2.0, interval=wrong)
 
@@ -1458,12 +1461,14 @@ def test_augment_writes_balanced_shards_and_says_how(trained, synthetic):
     assert np.bincount(labels).tolist() == [7, 7, 7] and labels[:6].tolist() == [0, 1, 2, 0, 1, 2]
     assert len(contents(synthetic)) == 2 * 4 and len(np.unique(images, axis=0)) == 21
     manifest = data.read_json(f"{synthetic}/manifest.json")
-    expected = dict(w=0.3, sampler="dpm++", steps=3, seed=0, per_class=7, step=6)
+    expected = dict(w=1.0, interval=[0.25, 4.0], sampler="dpm++", steps=3, seed=0, per_class=7, step=6)
     assert expected.items() <= manifest["settings"].items() and manifest["complete"] and manifest["seconds"] > 0
     assert manifest["counts"] == {"airplane": 7, "automobile": 7, "bird": 7} and manifest["pictures"] == 21
     assert manifest["trained_on"]["val_fraction"] == 0.1
     model = ddpm.model_from_checkpoint(ddpm.load_checkpoint(f"{trained}/ckpt.pt"))
-    x = to_uint8(model.sample(torch.tensor([0, 1, 2]), 0.3, 0, [18, 19, 20], "dpm++", 3)).numpy()
+    how = dict(sampler="dpm++", steps=3, interval=(0.25, 4.0))
+    x, unguided = (to_uint8(model.sample(torch.arange(3), w, 0, [18, 19, 20], **how)).numpy() for w in (1.0, 0.0))
+    assert not np.array_equal(x, unguided)
     assert np.abs(images[18:].astype(int) - x).max() <= 1  # picture k of the seed
     from PIL import Image
 
@@ -1491,7 +1496,8 @@ def test_augment_refuses_other_settings_and_foreign_shards(trained, synthetic, t
     def refused(**changes):
         return one_line(cli(capfd, "augment.py", *augment_flags(trained, folder, **changes)))
 
-    assert "was made with w=0.3, not 1.8: use --overwrite=True" in refused(w=1.8)
+    assert "was made with w=1.0, not 1.8: use --overwrite=True" in refused(w=1.8)
+    assert "was made with interval=[0.25, 4.0], not [1, 2]" in refused(interval="1,2")
     assert "made with weights=" in refused(ema=False)
     assert "per_class=7, not 2" in refused(per_class=2)
     assert "not both" in refused(w=1, guidance_scale=2)
@@ -1619,7 +1625,7 @@ def test_the_comparison_runs_and_writes_what_it_says(shards, trained, synthetic,
         assert confusion.sum() == 60 and run["test"] == pytest.approx(np.trace(confusion) / 60)
         assert run["step"] in (3, 6) and run["pictures"] == {"real": 54, "synthetic": 21}.get(run["arm"], 75)
     assert found["verdict"] in text and "2 seeds" in found["verdict"]
-    assert found["synthetic"]["settings"]["w"] == 0.3 and "±" in text and "note:" not in text
+    assert found["synthetic"]["settings"]["w"] == 1 and "±" in text and "note:" not in text
     assert text.count("minus real by class") == 3
     from PIL import Image
 
@@ -1943,9 +1949,9 @@ def test_features_are_kept_under_a_name_that_tells_all(tmp_path):
 def test_evaluation_of_a_checkpoint(capfd, trained, shards):
     flags = [f"--dataset={shards}/tiny", f"--cache_dir={shards}/kept", f"--out_dir={trained}", "--resize=32", "--n=20"]
     status, text = cli(capfd, "evaluate.py", *flags, "--w=1", "--steps=3", "--ema=False", "--device=cpu")
-    assert status == 0 and "raw weights, w=1, dpm++, 3 steps, seed 0" in text
+    assert status == 0 and "raw weights, w=1, interval (0.25, 4.0), dpm++, 3 steps, seed 0" in text
     status, text = cli(capfd, "evaluate.py", *flags, "--steps=3", "--classifier=True", "--cnn_iters=2", "--device=cpu")
-    assert status == 0 and "averaged weights, w=0.3" in text and "trained on samples, tested on real" in text
+    assert status == 0 and "averaged weights, w=1" in text and "trained on samples, tested on real" in text
 
 
 def test_classifiers_of_evaluate_learn(monkeypatch):
