@@ -13,7 +13,7 @@ Peers run as their documentation shows. diffusers: UNet2DModel with our weights 
 EMAModel; its schedulers' loop, both branches of the guidance in one batch. lucidrains: GaussianDiffusion with Adam and
 EMA. All sides get the same batch, dtype and compiler. `learn` trains each on the real data set with its own network,
 schedule and learning rate, and draws from all of them with our sampler, unguided: what differs is what was learned. It
-keeps the pictures of a side that are there, so that sides can be run one at a time.
+keeps what it finds, networks and pictures, so that sides can be run one at a time and drawn with other steps.
 """
 # ruff: noqa: F821 (batch_size, ch, lr and so on are train.py's settings, taken over below)
 
@@ -134,8 +134,10 @@ class Ours:
     def lr_at(self, step, max_iters):
         return learning_rate(step, max_iters, lr, min_lr, warmup_iters)
 
-    def averaged(self):
+    def average(self):
         self.model.load_state_dict(self.ema.state_dict()["shadow"], strict=False)
+
+    def drawn(self):
         return self.model
 
 
@@ -236,9 +238,10 @@ class DiffusersOwn(Diffusers):
     def lr_at(self, step, max_iters):
         return learning_rate(step, max_iters, self.lr, 0, 500)
 
-    def averaged(self):
+    def average(self):
         self.ema.copy_to(self.model.parameters())
-        self.model.eval()  # drawn_by's model switches its own network, not this one
+
+    def drawn(self):
         return drawn_by(self.predict, **self.schedule)
 
 
@@ -308,9 +311,11 @@ class Lucidrains:
     def lr_at(self, step, max_iters):
         return 1e-4
 
-    def averaged(self):
-        net = self.ema.ema_model.model.eval()
-        return drawn_by(lambda x, t, y: net(x, t, y, cond_drop_prob=0.0), timesteps=1000, schedule="cosine")
+    def average(self):
+        self.model.load_state_dict(self.ema.ema_model.model.state_dict())
+
+    def drawn(self):
+        return drawn_by(lambda x, t, y: self.model(x, t, y, cond_drop_prob=0.0), timesteps=1000, schedule="cosine")
 
 
 def peak_rates():
@@ -423,25 +428,31 @@ def bench_profile(sides):
 
 
 def bench_learn(sides):
-    """Each side learns for so many minutes, then draws num_samples pictures: shards, for evaluate.py to compare."""
+    """Each side learns for so many minutes (kept: NAME.pt, its averages), then draws num_samples pictures as shards."""
+    os.makedirs(learn_dir, exist_ok=True)
+    folders = {name: os.path.join(learn_dir, f"{name}-{steps}-steps") for name in sides}
     for name, side in sides.items():
-        folder = os.path.join(learn_dir, name)
-        if has_shards(folder):
-            print(f"{folder} is there and is kept")
-            continue
-        side.step, start, share = 0, time.time(), 1e-9
-        while share < 1:
-            for group in side.optimizer.param_groups:
-                group["lr"] = side.lr_at(side.step, side.step / share)
-            side.train()
-            share = (time.time() - start) / (60 * minutes)
-            progress(name, min(share, 1), start)
-        print(f"{name}: {side.step} steps, {side.step * batch_size} pictures in {minutes:g} minutes", flush=True)
-        y = torch.arange(num_samples) % K
-        pictures = side.averaged().draw_pictures(y, range(num_samples), 100, seed=seed, sampler="dpm++", steps=steps)
-        write_shards(folder, torch.cat(list(pictures)).numpy(), y.numpy(), names)
-    folders = " and ".join(f"--samples={learn_dir}/{name}" for name in sides)
-    print(f"compare: python evaluate.py --dataset={dataset} with {folders}")
+        path = os.path.join(learn_dir, f"{name}.pt")
+        if os.path.exists(path):
+            print(f"{path} is there and is kept")
+            side.model.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        else:
+            side.step, start, share = 0, time.time(), 1e-9
+            while share < 1:
+                for group in side.optimizer.param_groups:
+                    group["lr"] = side.lr_at(side.step, side.step / share)
+                side.train()
+                share = (time.time() - start) / (60 * minutes)
+                progress(name, min(share, 1), start)
+            print(f"{name}: {side.step} steps, {side.step * batch_size} pictures in {minutes:g} minutes", flush=True)
+            side.average()
+            torch.save(side.model.state_dict(), path)
+        if not has_shards(folders[name]):
+            side.model.eval()  # a peer's drawn() switches the network that is not used, not this one
+            y = torch.arange(num_samples) % K
+            pictures = side.drawn().draw_pictures(y, range(num_samples), 100, seed=seed, sampler="dpm++", steps=steps)
+            write_shards(folders[name], torch.cat(list(pictures)).numpy(), y.numpy(), names)
+    print(f"compare: python evaluate.py --dataset={dataset} with --samples={' and --samples='.join(folders.values())}")
 
 
 PARTS = dict(

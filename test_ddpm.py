@@ -2211,34 +2211,39 @@ def test_bench_diffusers_is_the_same_network(capfd, patch):
 
 
 def learn(capfd, tmp_path, *flags):
-    """Runs bench.py --what=learn on random pictures: what it said, and {side: what it drew}."""
+    """Runs bench.py --what=learn on random pictures: what it said, and {side and steps: what it drew}."""
     rng, names = np.random.default_rng(0), [f"class {k}" for k in range(10)]
     data.write_shards(f"{tmp_path}/real", rng.integers(256, size=(50, 8, 8, 3)), np.arange(50) % 10, names)
     flags = (*BENCH, "--what=learn", f"--dataset={tmp_path}/real", f"--learn_dir={tmp_path}/learned", *flags)
     status, text = cli(capfd, "bench.py", "config/shapes.py", *flags)
     assert status == 0, text
     drawn = {}
-    for side in os.listdir(f"{tmp_path}/learned"):
-        images, labels, found = data.load(f"{tmp_path}/learned/{side}")
+    for side in pathlib.Path(tmp_path, "learned").glob("*-steps"):
+        images, labels, found = data.load(str(side))
         assert images.shape == (10, 8, 8, 3) and labels.tolist() == list(range(10)) and found == names
-        drawn[side] = np.array(images)
+        drawn[side.name] = np.array(images)
     return text, drawn
 
 
-def test_bench_learns_for_a_while_and_keeps_the_pictures(capfd, tmp_path):
+def test_bench_learns_for_a_while_and_keeps_what_was_learned(capfd, tmp_path):
     net = ("--ch=8", "--ch_mult=1,2", "--attn_resolutions=")
-    text, drawn = learn(capfd, tmp_path, *net, "--minutes=0.02")
+    text, drawn = learn(capfd, tmp_path, *net, "--minutes=0.02", "--steps=2")
     steps, pictures = map(int, re.search(r"nanoDDPM: (\d+) steps, (\d+) pictures in 0.02 minutes", text).groups())
     assert pictures == 2 * steps > 0
-    text, again = learn(capfd, tmp_path, *net, "--seed=1")
-    assert "is kept" in text and np.array_equal(drawn["nanoDDPM"], again["nanoDDPM"])
+    text, again = learn(capfd, tmp_path, *net, "--steps=3")
+    assert "is kept" in text and np.array_equal(drawn["nanoDDPM-2-steps"], again["nanoDDPM-2-steps"])
+    assert not np.array_equal(again["nanoDDPM-3-steps"], again["nanoDDPM-2-steps"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("peer", ("diffusers", "lucidrains"))
 def test_bench_peers_learn(capfd, tmp_path, peer):
-    text, drawn = learn(capfd, tmp_path, f"--peer={peer}", "--minutes=0.05")
-    assert not np.array_equal(drawn[peer], drawn["nanoDDPM"]) and f"{peer}: " in text
+    flags = (f"--peer={peer}", "--minutes=0.05", "--steps=2")
+    text, drawn = learn(capfd, tmp_path, *flags)
+    side = f"{peer}-2-steps"
+    assert not np.array_equal(drawn[side], drawn["nanoDDPM-2-steps"]) and f"{peer}: " in text
+    shutil.rmtree(f"{tmp_path}/learned/{side}")
+    assert np.array_equal(learn(capfd, tmp_path, *flags)[1][side], drawn[side])  # the network that was kept draws it
 
 
 @pytest.mark.slow
