@@ -405,8 +405,8 @@ def bench_scaling(sides):
         table(title, medians({"nanoDDPM": function}), pictures)
         print(f"{'':<34} peak memory {memory():.0f} MB", flush=True)
 
+    draw = ours.model.draw_pictures
     for n, k in ((b, steps), (4 * b, steps), (16 * b, steps), (b, 2 * steps), (b, 4 * steps)):
-        draw = ours.model.draw_pictures
         how = dict(sampler="dpm++", steps=k)
         measure(f"{n} pictures, {k} steps", n, lambda n=n: list(draw(torch.arange(n) % K, range(n), b, **how)))
     for n in (max(1, b // 4), max(1, b // 2), b, 2 * b):

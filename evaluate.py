@@ -433,7 +433,8 @@ def main():
     else:
         model, made = open_model(names, real.shape[1])
         weight, there = guidance_weight(w, guidance_scale, 1.0, model), n or 5000
-        made = f"{made}, w={weight:g}, interval {interval}, {sampler}, {steps} steps, seed {seed}"
+        middle = f"interval {interval}, " if interval and weight > 0 else ""
+        made = f"{made}, w={weight:g}, {middle}{sampler}, {steps} steps, seed {seed}"
         labelled = model.K > 0
     labelled = labels is not None and control_labels is not None and (y is not None if samples else labelled)
     if (per_class or classifier) and not labelled:
