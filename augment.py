@@ -36,7 +36,7 @@ from data import (
     tile,
     write_shard,
 )
-from ddpm import check_interval, choose_device, guidance_weight, model_from_checkpoint, open_checkpoint, to_float
+from ddpm import choose_device, guidance_weight, model_from_checkpoint, open_checkpoint, to_float
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = "out"  # the checkpoint is here
@@ -75,7 +75,6 @@ path, checkpoint = open_checkpoint(out_dir, os.path.join(HERE, "weights"))
 model = model_from_checkpoint(checkpoint, ema, device)
 model.amp_dtype = amp_dtype
 w = guidance_weight(w, guidance_scale, 1.0, model)
-check_interval(interval)
 interval = interval if w > 0 else ()  # where it changes nothing
 names = list(model.config.class_names) or [str(k) for k in range(model.K)]
 labels_of = class_ids(classes, names) if classes else list(range(max(1, model.K)))
@@ -103,6 +102,7 @@ def weights_hash():
 settings = dict(weights=weights_hash(), step=checkpoint["step"], classes=[names[k] for k in labels_of] if names else [])
 how = dict(w=w, interval=list(interval), seed=seed, sampler=sampler, steps=steps)  # what DDPM.sample takes
 how |= dict(eta=eta, clip_x0=clip_x0, variance=variance)
+model.check_sampling(torch.tensor(labels_of) if model.K else None, **how)  # before anything is deleted
 settings |= dict(per_class=per_class, shard_size=each * C, ema=ema, dtype=str(amp_dtype or torch.float32)[6:])
 settings |= how | dict(keep=keep)
 if judge:

@@ -12,8 +12,8 @@ python bench.py config/cifar_small.py --what=learn --peer=lucidrains   what each
 Peers run as their documentation shows. diffusers: UNet2DModel with our weights copied into it, AdamW, clipping,
 EMAModel; its schedulers' loop, both branches of the guidance in one batch. lucidrains: GaussianDiffusion with Adam and
 EMA. All sides get the same batch, dtype and compiler. `learn` trains each on the real data set with its own network,
-schedule and learning rate, and draws from all of them with our sampler, unguided: what differs is what was learned. It
-keeps what it finds, networks and pictures, so that sides can be run one at a time and drawn with other steps.
+schedule and learning rate, and draws from all of them with our sampler, unguided: what differs is what was learned.
+Networks that are there are kept, so that sides can be run one at a time and drawn with other steps.
 """
 # ruff: noqa: F821 (batch_size, ch, lr and so on are train.py's settings, taken over below)
 
@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import HERE, ConfigError, configure, progress, settings_of
-from data import Batches, has_shards, load, training_count, write_shards
+from data import Batches, load, training_count, write_shards
 from ddpm import (
     DDPM,
     EMA,
@@ -86,15 +86,19 @@ def autocast():
 
 
 def make_batches():
-    """(batches, class names) of all sides: of the training pictures where something is to be learned, else random."""
+    """(batches, class names, sides and channels of a picture): the training split where it is learned, else random."""
     if "learn" in what.split(","):
-        images, labels, names = load(dataset, "train", data_dir, size)
+        images, labels, names = load(dataset, "train", data_dir, image_size, classes)
+        if labels is None:
+            raise ConfigError(f"learn: {dataset} has no labels")
         n = training_count(len(images), val_fraction)
         images, labels = images[:n], labels[:n]
     else:
-        images = torch.randint(256, (1000, size, size, channels), dtype=torch.uint8).numpy()
-        labels, names = np.arange(1000) % K, [str(k) for k in range(K)]
-    return Batches(images, labels, batch_size, seed, hflip, crop, 0, device), names
+        side = image_size or {"fashion_mnist": 28, "flowers102": 64}.get(dataset, 32)
+        names = [str(k) for k in range(102 if dataset == "flowers102" else 10)]
+        pictures = (1000, side, side, 1 if dataset == "fashion_mnist" else 3)
+        images, labels = torch.randint(256, pictures, dtype=torch.uint8).numpy(), np.arange(1000) % len(names)
+    return Batches(images, labels, batch_size, seed, hflip, crop, 0, device), names, *images.shape[2:]
 
 
 def drawn_by(forward, **schedule):
@@ -113,7 +117,8 @@ class Ours:
         shared |= dict(image_size=size, channels=channels, num_classes=K, class_names=names)
         self.model = DDPM(DDPMConfig(**shared)).to(device)
         self.model.amp_dtype = amp_dtype
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, fused=not device.startswith("mps"))
+        how = dict(lr=lr, weight_decay=weight_decay, fused=not device.startswith("mps"))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), **how)
         self.ema, self.step = EMA(self.model, ema_decay), 0
         if compiles:
             self.model.net.compile(dynamic=False)
@@ -135,7 +140,7 @@ class Ours:
         return learning_rate(step, max_iters, lr, min_lr, warmup_iters)
 
     def average(self):
-        self.model.load_state_dict(self.ema.state_dict()["shadow"], strict=False)
+        self.model.load_state_dict(self.ema.state_dict()["shadow"])
 
     def drawn(self):
         return self.model
@@ -428,7 +433,7 @@ def bench_profile(sides):
 
 
 def bench_learn(sides):
-    """Each side learns for so many minutes (kept: NAME.pt, its averages), then draws num_samples pictures as shards."""
+    """Each side learns for so many minutes, unless its averages are there (NAME.pt), and draws num_samples pictures."""
     os.makedirs(learn_dir, exist_ok=True)
     folders = {name: os.path.join(learn_dir, f"{name}-{steps}-steps") for name in sides}
     for name, side in sides.items():
@@ -447,11 +452,10 @@ def bench_learn(sides):
             print(f"{name}: {side.step} steps, {side.step * batch_size} pictures in {minutes:g} minutes", flush=True)
             side.average()
             torch.save(side.model.state_dict(), path)
-        if not has_shards(folders[name]):
-            side.model.eval()  # a peer's drawn() switches the network that is not used, not this one
-            y = torch.arange(num_samples) % K
-            pictures = side.drawn().draw_pictures(y, range(num_samples), 100, seed=seed, sampler="dpm++", steps=steps)
-            write_shards(folders[name], torch.cat(list(pictures)).numpy(), y.numpy(), names)
+        side.model.eval()  # a peer's drawn() switches the network that is not used, not this one
+        y = torch.arange(num_samples) % K
+        pictures = side.drawn().draw_pictures(y, range(num_samples), 100, seed=seed, sampler="dpm++", steps=steps)
+        write_shards(folders[name], torch.cat(list(pictures)).numpy(), y.numpy(), names, shard_size=num_samples)
     print(f"compare: python evaluate.py --dataset={dataset} with --samples={' and --samples='.join(folders.values())}")
 
 
@@ -469,10 +473,8 @@ for part in what.split(","):
     one_of("what", part, tuple(PARTS))
 device, amp_dtype, compiles = choose_device(device, dtype, use_compile)
 torch.manual_seed(seed)
-size = image_size or {"fashion_mnist": 28, "flowers102": 64}.get(dataset, 32)
-channels, K = 1 if dataset == "fashion_mnist" else 3, 102 if dataset == "flowers102" else 10
-shape = (channels, size, size)
-batches, names = make_batches()
+batches, names, size, channels = make_batches()
+shape, K = (channels, size, size), len(names)
 sides = {"nanoDDPM": Ours()}
 if peer:
     sides[peer] = PEERS[peer](sides["nanoDDPM"])

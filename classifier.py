@@ -557,7 +557,7 @@ def main():
             raise DataError(
                 f"no synthetic pictures in {folder}: make them with `python augment.py`, or use --arms=real"
             )
-        *synthetic, _ = load(folder, classes=",".join(names))
+        *synthetic, _ = load(folder, classes=names)
         if synthetic[0].shape[1:] != shape:
             raise DataError(f"{folder}: pictures {synthetic[0].shape[1:]}, wanted {shape}")
         content["pictures"]["synthetic"] = len(synthetic[0])

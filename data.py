@@ -337,9 +337,9 @@ def keep(folder, images, labels, names):
 
 
 def class_ids(classes, names):
-    """'cat,frog' or '3,6' (or a mix) as a list of labels; raises DataError for an unknown one."""
+    """'cat,frog' or '3,6' (or a mix), or a list of names, as a list of labels; raises DataError for an unknown one."""
     ids = []
-    for name in filter(None, (part.strip() for part in classes.split(","))):
+    for name in filter(None, map(str.strip, classes.split(","))) if isinstance(classes, str) else classes:
         if name in names:
             ids.append(list(names).index(name))
         elif name.isdigit() and int(name) < len(names):

@@ -549,6 +549,26 @@ class DDPM(nn.Module):
             ts[i] = max(min(ts[i], ts[i - 1] - 1), steps - 1 - i)
         return ts
 
+    def check_sampling(self, y, w, sampler, steps, eta, variance, interval, **others):
+        """Raises DDPMError for what `sample` cannot do with this model, before anything is drawn (or deleted)."""
+        one_of("sampler", sampler, SAMPLERS)
+        one_of("variance", variance, ("posterior", "beta"))
+        self.sampler_timesteps(steps)
+        if y is not None and not (self.K and bool(((y >= 0) & (y < self.K)).all())):
+            raise DDPMError(f"labels {y.tolist()}: this model has classes 0..{self.K - 1}" if self.K else
+                            "labels were given, but this model is unconditional")  # fmt: skip
+        if (eta and sampler != "ddim") or (variance != "posterior" and sampler != "ddpm"):
+            raise DDPMError(f"eta={eta:g} belongs to ddim, variance={variance} to ddpm, but the sampler is {sampler}")
+        if not 0 <= eta <= 1:
+            raise DDPMError(f"eta={eta:g} must be in [0, 1]")
+        numbers = all(isinstance(end, (int, float)) for end in interval)
+        if interval and not (numbers and len(interval) == 2 and 0 <= interval[0] <= interval[1]):
+            raise DDPMError(f"interval: {interval} must be low,high with 0 <= low <= high, or empty for everywhere")
+        if w != 0 and not self.K:
+            raise DDPMError(f"w={w:g}: this model is unconditional, there is nothing to guide")
+        if self.K and self.config.p_uncond == 0 and (y is None or w != 0):
+            raise DDPMError(f"w={w:g} needs a model with a null label, but this one was trained at p_uncond=0: use w=0")
+
     @torch.no_grad()
     def sample(self, y=None, w=0.0, seed=0, indices=None, sampler="ddpm", steps=None, eta=0.0, clip_x0=True,
                variance="posterior", interval=(), on_step=None):  # fmt: skip
@@ -563,20 +583,9 @@ class DDPM(nn.Module):
         on_step(i, xt, x0_hat) is called after each step with what was drawn and what was believed.
         Raises DDPMError for an unknown sampler, label, number of steps, or guidance of a model that cannot be guided.
         """
-        one_of("sampler", sampler, SAMPLERS)
-        one_of("variance", variance, ("posterior", "beta"))
         if y is None and indices is None:
             raise DDPMError("say how many pictures: y (labels), or indices=range(n) for unconditional ones")
-        if y is not None and not (self.K and bool(((y >= 0) & (y < self.K)).all())):
-            raise DDPMError(f"labels {y.tolist()}: this model has classes 0..{self.K - 1}" if self.K else
-                            "labels were given, but this model is unconditional")  # fmt: skip
-        if eta and sampler != "ddim":
-            raise DDPMError(f"eta={eta:g} belongs to ddim, but the sampler is {sampler}")
-        check_interval(interval)
-        if w != 0 and not self.K:
-            raise DDPMError(f"w={w:g}: this model is unconditional, there is nothing to guide")
-        if self.K and self.config.p_uncond == 0 and (y is None or w != 0):
-            raise DDPMError(f"w={w:g} needs a model with a null label, but this one was trained at p_uncond=0: use w=0")
+        self.check_sampling(y, w, sampler, steps, eta, variance, interval)
         device = self.betas.device
         indices = range(len(y)) if indices is None else indices
         if y is not None:
@@ -726,13 +735,6 @@ def model_from_checkpoint(checkpoint, ema=True, device="cpu"):
     return model.to(device).eval()
 
 
-def check_interval(interval):
-    """Raises DDPMError unless the interval is () or (low, high)."""
-    numbers = all(isinstance(end, (int, float)) for end in interval)
-    if interval and not (numbers and len(interval) == 2 and 0 <= interval[0] <= interval[1]):
-        raise DDPMError(f"interval: {interval} must be low,high with 0 <= low <= high, or empty for everywhere")
-
-
 def guidance_weight(w, guidance_scale, default, model):
     """The w that two settings ask for, None where they are not given; default 0 for a model that cannot be guided."""
     if w is not None and guidance_scale is not None:
@@ -785,8 +787,9 @@ def choose_device(device="auto", dtype="auto", use_compile="auto"):
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     kind = device.split(":")[0]
     one_of("device", kind, ("auto", "cuda", "mps", "cpu"))
-    index = int(device.partition(":")[2] or 0)
-    if (kind == "cuda" and index >= torch.cuda.device_count()) or (kind == "mps" and not mps):
+    index = device.partition(":")[2] or "0"
+    there = {"cuda": index.isdigit() and int(index) < torch.cuda.device_count(), "mps": mps}
+    if not there.get(kind, True):
         raise DDPMError(f"device: {device!r} was asked for, but there is none here: use --device=cpu or auto")
     one_of("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
     one_of("use_compile", str(use_compile), ("auto", "True", "False"))

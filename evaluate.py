@@ -428,7 +428,7 @@ def main():
     if samples:
         images, y, own_names = load(samples, image_size=real.shape[1], data_dir=data_dir)
         if y is not None and names:
-            images, y, _ = select(images, y, own_names, ",".join(names))
+            images, y, _ = select(images, y, own_names, names)
         made, there = samples, len(images)
     else:
         model, made = open_model(names, real.shape[1])

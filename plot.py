@@ -121,7 +121,8 @@ def plot_loss(plt):
             label = f"{name}: " * (k == 0) + f"quarter {k + 1}"
             right.plot(log["step"], [q[k] for q in log["val_quarters"]], style, color=colour, lw=1.5, label=label)
     settled = [v for log in runs.values() for v in log["train_loss"][len(log["step"]) // 10 :] + log["val_loss"]]
-    left.set_ylim(0.95 * min(settled), np.quantile(settled, 0.97) * 1.1)
+    if settled:  # a run that was stopped early has none
+        left.set_ylim(0.95 * min(settled), np.quantile(settled, 0.97) * 1.1)
     left.set(title="loss", xlabel="step")
     right.set(title="validation loss by quarter of t", xlabel="step", yscale="log")
     for axis in (left, right):

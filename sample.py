@@ -6,6 +6,7 @@ python sample.py --sweep=w=-1,0,2,6                      a row for each value, t
 python sample.py --sampler=ddpm --gif=True               the full ancestral chain, and a GIF of the denoising
 """
 
+import math
 import os
 import time
 
@@ -69,22 +70,20 @@ def resolve(settings):
 
 
 def draw(labels, settings, what, frames=None):
-    """Pictures (n, C, H, W) on the CPU for a list of labels (None: unlabelled), picture k with noise k of the seed."""
-    s, done, start = resolve(settings), [], time.time()
-    model = model_with(s["ema"])
-    keys = ("w", "seed", "sampler", "steps", "eta", "clip_x0", "variance")
-    for first in range(0, len(labels), batch_size):
-        indices = range(first, min(first + batch_size, len(labels)))
-        y = torch.tensor([labels[k] for k in indices]) if model.K else None
+    """Pictures (n, H, W, C) uint8 for a list of labels (None: unlabelled), picture k with noise k of the seed."""
+    s, start, done = resolve(settings), time.time(), []
+    model, batches = model_with(s["ema"]), math.ceil(len(labels) / batch_size)
 
-        def on_step(i, xt, x0_hat):
-            if frames is not None:
-                frames.setdefault(i, []).append(to_uint8(xt).cpu())
-            progress(what, (first + len(indices) * (i + 1) / s["steps"]) / len(labels), start)
+    def on_step(i, xt, x0_hat):
+        done.append(i)
+        progress(what, len(done) / (batches * s["steps"]), start)
+        if frames is not None:
+            frames.setdefault(i, []).append(to_uint8(xt).cpu())
 
-        how = {k: s[k] for k in keys} | dict(interval=interval, on_step=on_step)
-        done.append(model.sample(y, indices=indices, **how).cpu())
-    return torch.cat(done)
+    how = {key: s[key] for key in ("w", "seed", "sampler", "steps", "eta", "clip_x0", "variance")}
+    how |= dict(interval=interval, on_step=on_step)
+    y = torch.tensor(labels) if model.K else None
+    return torch.cat(list(model.draw_pictures(y, range(len(labels)), batch_size, **how)))
 
 
 def save(picture, name, **how):
@@ -98,10 +97,11 @@ rows = class_ids(classes, model.config.class_names) if classes else list(range(m
 names = list(model.config.class_names) if model.K else []
 os.makedirs(out_dir, exist_ok=True)
 chosen = resolve(settings)
+middle = f"interval {interval}, " if interval and chosen["w"] > 0 else ""
 print(
     f"{path}, step {checkpoint['step']}, {'averaged' if ema else 'raw'} weights; {device}, "
     f"{str(amp_dtype or torch.float32)[6:]}; w={chosen['w']:g} (guidance_scale={1 + chosen['w']:g}), "
-    f"{f'interval {interval}, ' if interval else ''}{chosen['sampler']}, {chosen['steps']} steps, seed {seed}"
+    f"{middle}{chosen['sampler']}, {chosen['steps']} steps, seed {seed}"
 )
 if sweep:
     per_class = num_samples or (1 if model.K else 8)
@@ -116,16 +116,16 @@ if sweep:
         clash = {"w": None, "guidance_scale": None} if sweep_key in ("w", "guidance_scale") else {}
         pictures.append(draw(labels, settings | clash | {sweep_key: value}, f"{sweep_key}={text}"))
         titles.append(f"{sweep_key}={text}")
-    save(tile(to_uint8(torch.cat(pictures)).numpy(), len(labels), titles), f"sweep_{sweep_key}.png")
+    save(tile(torch.cat(pictures).numpy(), len(labels), titles), f"sweep_{sweep_key}.png")
 else:
     columns = num_samples or 8
     labels, titles, frames = [k for k in rows for _ in range(columns)], [names[k] for k in rows if names], {}
     pictures = draw(labels, settings, "sampling", frames if gif else None)
-    save(tile(to_uint8(pictures).numpy(), columns, titles), "sample.png")
+    save(tile(pictures.numpy(), columns, titles), "sample.png")
     noise = PictureNoise(seed, range(len(labels)), model.shape)()
     save(tile(to_uint8(noise / 3).numpy(), columns, titles), "noise.png")
     if gif:
         shown = sorted({*range(0, len(frames), max(1, len(frames) // 50)), max(frames)})
-        sheets = [tile(torch.cat(frames[i]).numpy(), columns, titles) for i in shown]
+        sheets = [tile(torch.cat(frames[i])[: len(labels)].numpy(), columns, titles) for i in shown]
         durations = [80] * (len(sheets) - 1) + [2000]  # ms
         save(sheets[0], "denoising.gif", save_all=True, append_images=sheets[1:], loop=0, duration=durations)

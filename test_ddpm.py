@@ -948,8 +948,9 @@ def test_shards_round_trip_and_their_faults(tmp_path):
     with pytest.raises(data.DataError, match="did you mean"):
         data.load(folder, classes="aa,b")
     odd = str(tmp_path / "my_images_[1]")  # a name that looks like a file's or a pattern
-    data.write_shards(odd, images, labels, ["a", "b", "c"])
+    data.write_shards(odd, images, labels, ["a", "b", "c, d"])
     assert np.array_equal(data.load(odd)[1], labels)
+    assert np.array_equal(data.load(odd, classes=["c, d", "a"])[1], got[1])
     with pytest.raises(data.DataError, match="at most 256 classes"):
         data.write_shards(odd, images, labels + 300, [])
     np.save(f"{folder}/labels_00001.npy", np.full(10, 7, dtype=np.uint8))
@@ -1356,7 +1357,9 @@ def test_errors_of_sampling_are_one_line(trained, shards, tmp_path, capfd):
     assert "unknown class 'birt'; did you mean 'bird'?" in sample("--classes=birt")
     assert "sampler: 'euler' is not one of" in sample("--sampler=euler")
     assert "between 1 and the model's 20" in sample("--steps=21")
-    assert "eta=1 belongs to ddim" in sample("--eta=1")
+    assert "eta=1 belongs to ddim" in sample("--eta=1") and "variance=beta to ddpm" in sample("--variance=beta")
+    assert "eta=1.5 must be in [0, 1]" in sample("--sampler=ddim", "--eta=1.5")
+    assert "'cuda:x' was asked for" in sample("--device=cuda:x")
     assert "sweep" in sample("--sweep=lr=1,2") and "is not of type int" in sample("--sweep=steps=3,x")
     assert "no checkpoint" in one_line(cli(capfd, "sample.py", f"--out_dir={tmp_path}/none"))
     flags = tiny_flags(shards, str(tmp_path / "u"), p_uncond=0.0, max_iters=1)
@@ -1498,6 +1501,9 @@ def test_augment_refuses_other_settings_and_foreign_shards(trained, synthetic, t
 
     assert "was made with w=1.0, not 1.8: use --overwrite=True" in refused(w=1.8)
     assert "was made with interval=[0.25, 4.0], not [1, 2]" in refused(interval="1,2")
+    before = contents(folder)
+    for key, value in dict(interval="2,1", sampler="euler", steps=1000, eta=1, variance="beta").items():
+        assert key in refused(overwrite=True, **{key: value}) and contents(folder) == before  # nothing was deleted
     assert "made with weights=" in refused(ema=False)
     assert "per_class=7, not 2" in refused(per_class=2)
     assert "not both" in refused(w=1, guidance_scale=2)
@@ -2111,6 +2117,9 @@ def test_errors_of_plot(capfd, tmp_path):
     assert "'beta' is not one of" in one_line(cli(capfd, "plot.py", "beta"))
     assert "no log" in one_line(cli(capfd, "plot.py", "loss", f"--out_dir={tmp_path}"))
     assert "no result" in one_line(cli(capfd, "plot.py", "confusion", f"--out_dir={tmp_path}"))
+    stopped = {key: [] for key in ("step", "train_loss", "val_loss", "val_quarters")}  # before the first evaluation
+    data.save_json(f"{tmp_path}/log.json", stopped)
+    assert cli(capfd, "plot.py", "loss", f"--out_dir={tmp_path}")[0] == 0
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ python train.py config/shapes.py                                       a laptop:
 """
 
 import contextlib
-import json
 import math
 import os
 import signal
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import ConfigError, configure
-from data import Batches, DataError, fingerprint, load, tile, training_count
+from data import Batches, DataError, fingerprint, load, save_json, tile, training_count
 from ddpm import (
     DDPM,
     EMA,
@@ -230,9 +229,7 @@ def save(step):
     )
     content["trained_on"] = trained_on
     save_checkpoint(f"{out_dir}/ckpt.pt", content)
-    with open(f"{out_dir}/log.json.tmp", "w", encoding="utf-8") as f:
-        json.dump(history, f)
-    os.replace(f"{out_dir}/log.json.tmp", f"{out_dir}/log.json")
+    save_json(f"{out_dir}/log.json", history)
 
 
 def draw_grid(step):
