@@ -127,7 +127,8 @@ def plot_loss(plt):
     right.set(title="validation loss by quarter of t", xlabel="step", yscale="log")
     for axis in (left, right):
         axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=8, ncol=len(runs))
+        if axis.lines:
+            axis.legend(fontsize=8, ncol=len(runs))
     figure.tight_layout()
     return figure
 
