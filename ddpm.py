@@ -550,10 +550,9 @@ class DDPM(nn.Module):
         return ts
 
     def check_sampling(self, y, w, sampler, steps, eta, variance, interval, **others):
-        """Raises DDPMError for what `sample` cannot do with this model, before anything is drawn (or deleted)."""
+        """Returns the timesteps that `sample` visits; raises DDPMError for what it cannot do, before it does any."""
         one_of("sampler", sampler, SAMPLERS)
         one_of("variance", variance, ("posterior", "beta"))
-        self.sampler_timesteps(steps)
         if y is not None and not (self.K and bool(((y >= 0) & (y < self.K)).all())):
             raise DDPMError(f"labels {y.tolist()}: this model has classes 0..{self.K - 1}" if self.K else
                             "labels were given, but this model is unconditional")  # fmt: skip
@@ -568,6 +567,7 @@ class DDPM(nn.Module):
             raise DDPMError(f"w={w:g}: this model is unconditional, there is nothing to guide")
         if self.K and self.config.p_uncond == 0 and (y is None or w != 0):
             raise DDPMError(f"w={w:g} needs a model with a null label, but this one was trained at p_uncond=0: use w=0")
+        return self.sampler_timesteps(steps)
 
     @torch.no_grad()
     def sample(self, y=None, w=0.0, seed=0, indices=None, sampler="ddpm", steps=None, eta=0.0, clip_x0=True,
@@ -585,13 +585,12 @@ class DDPM(nn.Module):
         """
         if y is None and indices is None:
             raise DDPMError("say how many pictures: y (labels), or indices=range(n) for unconditional ones")
-        self.check_sampling(y, w, sampler, steps, eta, variance, interval)
+        timesteps = self.check_sampling(y, w, sampler, steps, eta, variance, interval)
         device = self.betas.device
         indices = range(len(y)) if indices is None else indices
         if y is not None:
             y = y.to(device)
         noise = PictureNoise(seed, indices, self.shape, device)
-        timesteps = self.sampler_timesteps(steps)
         xt, x0_prev, h_prev = noise(), None, None
         with evaluating(self):
             for i, t in enumerate(timesteps):
