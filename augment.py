@@ -36,7 +36,7 @@ from data import (
     tile,
     write_shard,
 )
-from ddpm import choose_device, guidance_weight, model_from_checkpoint, open_checkpoint, to_float
+from ddpm import choose_device, guidance_weight, how_drawn, model_from_checkpoint, open_checkpoint, to_float
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = "out"  # the checkpoint is here
@@ -221,7 +221,7 @@ if use_compile and mine:
 if rank == 0:
     print(
         f"{path}, step {checkpoint['step']}; {world} x {device}, {settings['dtype']}; "
-        f"w={w:g} (guidance_scale={1 + w:g}), interval {interval}, {sampler}, {steps} steps, seed {seed}; "
+        f"{how_drawn(w, interval, sampler, steps, seed)}; "
         f"{per_class} pictures for each of {C} classes into {folder}: "
         f"{len(todo)} of {math.ceil(per_class / each)} shards to be made",
         flush=True,

@@ -743,6 +743,12 @@ def guidance_weight(w, guidance_scale, default, model):
     return w if w is not None else default if model.K and model.config.p_uncond > 0 else 0.0
 
 
+def how_drawn(w, interval, sampler, steps, seed):
+    """What the scripts print of a sampling: guidance in both conventions, its interval where it has one, the rest."""
+    middle = f"interval {tuple(interval)}, " if interval and w > 0 else ""
+    return f"w={w:g} (guidance_scale={1 + w:g}), {middle}{sampler}, {steps} steps, seed {seed}"
+
+
 def open_checkpoint(out_dir, pretrained, device="cpu"):
     """(path, checkpoint) of out_dir; where a folder named `out` has none, of the pretrained weights, and says so."""
     path = os.path.join(out_dir, "ckpt.pt")

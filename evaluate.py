@@ -23,7 +23,16 @@ import torch.nn.functional as F
 
 from configurator import HERE, ConfigError, configure, progress
 from data import Batches, DataError, balanced, file_hash, fingerprint, load, load_array, save_json, select, tile
-from ddpm import choose_device, guidance_weight, learning_rate, model_from_checkpoint, one_of, open_checkpoint, to_float
+from ddpm import (
+    choose_device,
+    guidance_weight,
+    how_drawn,
+    learning_rate,
+    model_from_checkpoint,
+    one_of,
+    open_checkpoint,
+    to_float,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what is compared
@@ -433,8 +442,7 @@ def main():
     else:
         model, made = open_model(names, real.shape[1])
         weight, there = guidance_weight(w, guidance_scale, 1.0, model), n or 5000
-        middle = f"interval {interval}, " if interval and weight > 0 else ""
-        made = f"{made}, w={weight:g}, {middle}{sampler}, {steps} steps, seed {seed}"
+        made = f"{made}, {how_drawn(weight, interval, sampler, steps, seed)}"
         labelled = model.K > 0
     labelled = labels is not None and control_labels is not None and (y is not None if samples else labelled)
     if (per_class or classifier) and not labelled:

@@ -14,7 +14,15 @@ import torch
 
 from configurator import HERE, ConfigError, configure, parse, progress
 from data import class_ids, tile
-from ddpm import PictureNoise, choose_device, guidance_weight, model_from_checkpoint, open_checkpoint, to_uint8
+from ddpm import (
+    PictureNoise,
+    choose_device,
+    guidance_weight,
+    how_drawn,
+    model_from_checkpoint,
+    open_checkpoint,
+    to_uint8,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = "out"  # the checkpoint is here, and the pictures go here
@@ -97,11 +105,10 @@ rows = class_ids(classes, model.config.class_names) if classes else list(range(m
 names = list(model.config.class_names) if model.K else []
 os.makedirs(out_dir, exist_ok=True)
 chosen = resolve(settings)
-middle = f"interval {interval}, " if interval and chosen["w"] > 0 else ""
 print(
     f"{path}, step {checkpoint['step']}, {'averaged' if ema else 'raw'} weights; {device}, "
-    f"{str(amp_dtype or torch.float32)[6:]}; w={chosen['w']:g} (guidance_scale={1 + chosen['w']:g}), "
-    f"{middle}{chosen['sampler']}, {chosen['steps']} steps, seed {seed}"
+    f"{str(amp_dtype or torch.float32)[6:]}; "
+    + how_drawn(chosen["w"], interval, chosen["sampler"], chosen["steps"], chosen["seed"])
 )
 if sweep:
     per_class = num_samples or (1 if model.K else 8)

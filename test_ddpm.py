@@ -1955,11 +1955,11 @@ def test_features_are_kept_under_a_name_that_tells_all(tmp_path):
 def test_evaluation_of_a_checkpoint(capfd, trained, shards):
     flags = [f"--dataset={shards}/tiny", f"--cache_dir={shards}/kept", f"--out_dir={trained}", "--resize=32", "--n=20"]
     status, text = cli(capfd, "evaluate.py", *flags, "--w=1", "--steps=3", "--ema=False", "--device=cpu")
-    assert status == 0 and "raw weights, w=1, interval (0.25, 4.0), dpm++, 3 steps, seed 0" in text
+    assert status == 0 and "raw weights, w=1 (guidance_scale=2), interval (0.25, 4.0), dpm++, 3 steps, seed 0" in text
     status, text = cli(capfd, "evaluate.py", *flags, "--steps=3", "--classifier=True", "--cnn_iters=2", "--device=cpu")
     assert status == 0 and "averaged weights, w=1" in text and "trained on samples, tested on real" in text
     status, text = cli(capfd, "evaluate.py", *flags, "--w=0", "--steps=3", "--device=cpu")
-    assert status == 0 and "averaged weights, w=0, dpm++" in text
+    assert status == 0 and "averaged weights, w=0 (guidance_scale=1), dpm++" in text
 
 
 def test_classifiers_of_evaluate_learn(monkeypatch):
