@@ -429,7 +429,11 @@ def bench_profile(sides):
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
         ours.train()
         wait()
-    print(profiler.key_averages().table(sort_by=f"self_{'cuda' if on_gpu else 'cpu'}_time_total", row_limit=25))
+    averages = profiler.key_averages()
+    print(averages.table(sort_by=f"self_{'cuda' if on_gpu else 'cpu'}_time_total", row_limit=25))
+    if on_gpu:
+        waits = sum(e.count for e in averages if e.key == "cudaStreamSynchronize")
+        print(f"the step makes the host wait for the GPU {waits} times")
 
 
 def bench_learn(sides):

@@ -1204,6 +1204,30 @@ def test_28_two_gloo_processes_equal_one(shards, tmp_path, capfd):
     assert os.path.exists(f"{two}/samples_000006.png")
 
 
+class HostReads(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts what would make a GPU's host wait for a value: item(), float(), nonzero, indexing by a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, indices = function.overloadpacket.__name__, args[1] if len(args) > 1 else None
+        masks = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in indices)
+        self.count += masks or name in ("_local_scalar_dense", "nonzero", "equal", "masked_select")
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_training_step_reads_nothing_back(shards, tmp_path, capfd):
+    reads = []
+    for n in (3, 9):
+        flags = dict(max_iters=n, log_interval=100, eval_interval=100, crop=0.9)
+        with HostReads() as mode:
+            assert cli(capfd, "train.py", *tiny_flags(shards, str(tmp_path / str(n)), **flags))[0] == 0
+        reads.append(mode.count)
+    assert reads[0] == reads[1] > 0  # the first step, the last and the evaluation report; those between do not
+
+
 def test_29_learning_rate_and_number_of_steps(shards, tmp_path, capfd):
     flags = tiny_flags(shards, str(tmp_path), max_iters=12, warmup_iters=3, lr=0.8, min_lr=0.1, eval_interval=100)
     assert cli(capfd, "train.py", *flags, "--grad_clip=0.001")[0] == 0
