@@ -3,7 +3,7 @@
 python bench.py                                         training step and sampling of the default recipe
 python bench.py config/cifar_small.py                   of any other
 python bench.py --peer=diffusers --batch_size=16        beside the same network in diffusers (extra `bench`)
-python bench.py --peer=lucidrains --batch_size=16       beside denoising-diffusion-pytorch at its own defaults
+python bench.py --peer=lucidrains --batch_size=16       beside denoising-diffusion-pytorch, a small U-Net
 python bench.py --what=augment --peer=diffusers         augment.py end to end: start-up and disk included
 python bench.py --what=scaling                          how time and memory grow with batch, pictures and steps
 python bench.py --what=profile                          where the time of a training step goes
@@ -13,7 +13,7 @@ Peers run as their documentation shows. diffusers: UNet2DModel with our weights 
 EMAModel; its schedulers' loop, both branches of the guidance in one batch. lucidrains: GaussianDiffusion with Adam and
 EMA. All sides get the same batch, dtype and compiler. `learn` trains each on the real data set with its own network,
 schedule and learning rate, and draws from all of them with our sampler, unguided: what differs is what was learned.
-Networks that are there are kept, so that sides can be run one at a time and drawn with other steps.
+Networks that are in learn_dir are kept, so that sides can be run one at a time and drawn with other steps.
 """
 # ruff: noqa: F821 (batch_size, ch, lr and so on are train.py's settings, taken over below)
 
@@ -46,10 +46,11 @@ from ddpm import (
     to_uint8,
 )
 
-globals().update(settings_of(os.path.join(HERE, "train.py")))  # so that any of its recipes can be timed
+training = settings_of(os.path.join(HERE, "train.py"))  # so that any of its recipes can be timed
+globals().update(training)
 # ---------------------------------------------------------------------------------------------------------------------
 peer = ""  # diffusers or lucidrains
-what = "train,sample"  # also augment, scaling, profile, learn
+what = "train,sample"  # also augment, scaling, profile; or learn, alone
 rounds = 5  # of each measurement, after one to warm up
 samplers = "ddpm,ddim,dpm++"
 steps = 10  # of each sampling
@@ -57,7 +58,7 @@ num_samples = 16  # pictures in one
 w = 0.3  # guidance
 interval = ()  # our guidance interval (see sample.py); peers guide at every step
 minutes = 60.0  # of learning, each
-learn_dir = "out-bench"  # what was learned: a folder of shards for each side
+learn_dir = "out-bench"  # what was learned: for each side the network and a folder of what it draws
 # ---------------------------------------------------------------------------------------------------------------------
 config, given = configure(globals())
 
@@ -66,6 +67,8 @@ def wait():
     """Until the device has done what it was given."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
+    elif device.startswith("mps"):
+        torch.mps.synchronize()
 
 
 def medians(functions):
@@ -87,7 +90,7 @@ def autocast():
 
 def make_batches():
     """(batches, class names, sides and channels of a picture): the training split where it is learned, else random."""
-    if "learn" in what.split(","):
+    if what == "learn":
         images, labels, names = load(dataset, "train", data_dir, image_size, classes)
         if labels is None:
             raise ConfigError(f"learn: {dataset} has no labels")
@@ -158,7 +161,7 @@ class Diffusers:
         self.lr, self.patch, self.step = lr, patch, 0
         self.schedule = dict(timesteps=timesteps, beta_start=beta_start, beta_end=beta_end)
         self.model = self.build(diffusers.UNet2DModel, ours.model)
-        self.net = torch.compile(self.model) if compiles else self.model
+        self.net = torch.compile(self.model, dynamic=False) if compiles else self.model
         betas = dict(num_train_timesteps=self.schedule["timesteps"])
         betas |= {key: self.schedule[key] for key in ("beta_start", "beta_end")}
         self.schedulers = {
@@ -232,6 +235,8 @@ class DiffusersOwn(Diffusers):
     """What a user would train: diffusers' layout for CIFAR-10 (ddpm-cifar10-32) with 40 channels in place of 128."""
 
     def build(self, UNet2DModel, ours):
+        if size % 8:
+            raise ConfigError(f"diffusers' U-Net halves pictures three times: {size}x{size} does not go")
         self.lr, self.patch, self.schedule = 1e-4, 1, dict(timesteps=1000, beta_start=1e-4, beta_end=0.02)
         return UNet2DModel(
             sample_size=size, in_channels=channels, out_channels=channels, num_class_embeds=K + 1, freq_shift=1,
@@ -285,7 +290,7 @@ def copy_weights(net, theirs):
 
 
 class Lucidrains:
-    """denoising-diffusion-pytorch's classifier-free-guidance U-Net at its defaults: dim 32, multiples 1, 2, 4."""
+    """denoising-diffusion-pytorch's classifier-free-guidance U-Net, small: dim 32, multiples 1, 2, 4, our p_uncond."""
 
     def __init__(self, ours):
         try:
@@ -298,6 +303,8 @@ class Lucidrains:
         self.quick = GaussianDiffusion(self.model, image_size=size, sampling_timesteps=steps).to(device)
         self.optimizer, self.step = torch.optim.Adam(self.diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99)), 0
         self.ema = TheirEMA(self.diffusion, beta=0.995, update_every=10)
+        if compiles:  # what is called in training and, by another method of the model's, in sampling
+            self.model.forward = torch.compile(self.model.forward, dynamic=False)
 
     def train(self):
         x0, y = batches(self.step)
@@ -311,7 +318,8 @@ class Lucidrains:
         self.step += 1
 
     def sample(self, y, w, sampler, steps):
-        return self.quick.sample(y.to(device), cond_scale=1 + w) * 2 - 1
+        with autocast():
+            return self.quick.sample(y.to(device), cond_scale=1 + w) * 2 - 1
 
     def lr_at(self, step, max_iters):
         return 1e-4
@@ -380,7 +388,9 @@ def bench_sample(sides):
 
 
 def bench_augment(sides):
-    """num_samples pictures of 10 classes as .npy: ours a process of its own with all that it does, theirs the loop."""
+    """num_samples pictures of K classes as .npy: ours a process of its own with all that it does, theirs the loop."""
+    if num_samples < K:
+        raise ConfigError(f"num_samples: {num_samples} is less than a picture of each of {K} classes")
     with tempfile.TemporaryDirectory() as folder:
         model = sides["nanoDDPM"].model
         weights = {name: p.cpu() for name, p in model.state_dict().items()}
@@ -438,13 +448,18 @@ def bench_profile(sides):
 
 def bench_learn(sides):
     """Each side learns for so many minutes, unless its averages are there (NAME.pt), and draws num_samples pictures."""
+    settings = {key: config[key] for key in (*training, "minutes") if key not in ("data_dir", "device")}
     os.makedirs(learn_dir, exist_ok=True)
     folders = {name: os.path.join(learn_dir, f"{name}-{steps}-steps") for name in sides}
     for name, side in sides.items():
         path = os.path.join(learn_dir, f"{name}.pt")
         if os.path.exists(path):
+            kept = torch.load(path, map_location=device, weights_only=True)
+            if other := [key for key in settings if kept["settings"].get(key) != settings[key]]:
+                was, asked = kept["settings"].get(other[0]), settings[other[0]]
+                raise ConfigError(f"{path}: {other[0]} was {was}, not {asked}: remove it or give another --learn_dir")
             print(f"{path} is there and is kept")
-            side.model.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+            side.model.load_state_dict(kept["model"])
         else:
             side.step, start, share = 0, time.time(), 1e-9
             while share < 1:
@@ -455,7 +470,7 @@ def bench_learn(sides):
                 progress(name, min(share, 1), start)
             print(f"{name}: {side.step} steps, {side.step * batch_size} pictures in {minutes:g} minutes", flush=True)
             side.average()
-            torch.save(side.model.state_dict(), path)
+            torch.save(dict(settings=settings, model=side.model.state_dict()), path)
         side.model.eval()  # a peer's drawn() switches the network that is not used, not this one
         y = torch.arange(num_samples) % K
         pictures = side.drawn().draw_pictures(y, range(num_samples), 100, seed=seed, sampler="dpm++", steps=steps)
@@ -471,10 +486,14 @@ PARTS = dict(
     profile=bench_profile,
     learn=bench_learn,
 )
-PEERS = {"diffusers": DiffusersOwn if "learn" in what.split(",") else Diffusers, "lucidrains": Lucidrains}
+PEERS = {"diffusers": DiffusersOwn if what == "learn" else Diffusers, "lucidrains": Lucidrains}
 one_of("peer", peer, ("", *PEERS))
 for part in what.split(","):
     one_of("what", part, tuple(PARTS))
+if "learn" in what and what != "learn":
+    raise ConfigError(f"what: {what}: learn has peers of its own and stands alone, --what=learn")
+if "augment" in what and peer == "lucidrains":
+    raise ConfigError("augment: lucidrains has no loop of dpm++ to compare with, diffusers has")
 device, amp_dtype, compiles = choose_device(device, dtype, use_compile)
 torch.manual_seed(seed)
 batches, names, size, channels = make_batches()
@@ -485,7 +504,7 @@ if peer:
 counts = [f"{name} {sum(p.numel() for p in s.model.parameters()) / 1e6:.2f}M weights" for name, s in sides.items()]
 how = f"{str(amp_dtype or torch.float32)[6:]}, {'compiled' if compiles else 'eager'}, torch {torch.__version__}"
 print(f"{device}, {how}, {torch.get_num_threads()} threads; {', '.join(counts)}; medians of {rounds}", flush=True)
-if compiles:
+if compiles and what != "learn":
     for name, side in sides.items():
         start = time.perf_counter()
         side.train()
@@ -493,4 +512,4 @@ if compiles:
         print(f"{name}: first step, compiler included, {time.perf_counter() - start:.1f} s")
 for part in what.split(","):
     PARTS[part](sides)
-print(f"peak memory {memory():.0f} MB (of all the above)")
+print(f"peak memory {memory():.0f} MB")

@@ -23,6 +23,7 @@ import os
 import shutil
 import warnings
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -393,7 +394,8 @@ class PictureNoise:
         self.shape, self.device = shape, device
 
     def __call__(self):
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+        noise = torch.stack([torch.randn(self.shape, generator=g) for g in self.generators])
+        return noise.to(self.device, non_blocking=torch.device(self.device).type == "cuda")  # does not wait for the GPU
 
 
 @contextlib.contextmanager
@@ -785,7 +787,7 @@ def choose_device(device="auto", dtype="auto", use_compile="auto"):
     """Turns the three settings into (device, amp dtype or None, compile or not); raises DDPMError for a missing device.
 
     auto: cuda, mps or cpu; bfloat16 where the GPU has it, float16 on an older one, no autocast on cpu and mps; compile
-    on cuda alone.
+    on cuda alone, where there is triton and the GPU is new enough for it.
     """
     mps = torch.backends.mps.is_available()
     if device == "auto":
@@ -809,4 +811,8 @@ def choose_device(device="auto", dtype="auto", use_compile="auto"):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     amp = None if dtype == "float32" else getattr(torch, dtype)
-    return device, amp, kind == "cuda" if use_compile == "auto" else str(use_compile) == "True"
+    if use_compile == "auto":
+        use_compile = (
+            kind == "cuda" and bool(find_spec("triton")) and torch.cuda.get_device_capability(device) >= (7, 0)
+        )
+    return device, amp, str(use_compile) == "True"

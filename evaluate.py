@@ -224,9 +224,8 @@ def features_of(network, images, folder, what, name="", damage=None):
 # pictures
 
 
-def open_model(names, side):
+def open_model(names, side, on, amp_dtype):
     """(model, what it is) of the checkpoint in out_dir; raises DataError where it draws other classes or sizes."""
-    on, amp_dtype, _ = choose_device(device, dtype, False)
     path, checkpoint = open_checkpoint(out_dir, os.path.join(HERE, "weights"))
     model = model_from_checkpoint(checkpoint, ema, on)
     drawn = list(model.config.class_names)
@@ -418,7 +417,7 @@ def main():
     one_of("split", split, ("train", "test"))
     if features == "inception" and (per_class or controls or classifier):
         raise ConfigError("per_class, controls and classifier belong to features=lite0")
-    on, other = choose_device(device, dtype, False)[0], "test" if split == "train" else "train"
+    (on, amp_dtype, _), other = choose_device(device, dtype, False), "test" if split == "train" else "train"
     real, labels, names = load(dataset, split, data_dir, image_size, classes)
     control, control_labels, _ = load(dataset, other, data_dir, image_size, classes)
     if real is None:
@@ -440,7 +439,7 @@ def main():
             images, y, _ = select(images, y, own_names, names)
         made, there = samples, len(images)
     else:
-        model, made = open_model(names, real.shape[1])
+        model, made = open_model(names, real.shape[1], on, amp_dtype)
         weight, there = guidance_weight(w, guidance_scale, 1.0, model), n or 5000
         made = f"{made}, {how_drawn(weight, interval, sampler, steps, seed)}"
         labelled = model.K > 0

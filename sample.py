@@ -54,6 +54,8 @@ device, amp_dtype, use_compile = choose_device(device, dtype, use_compile)
 path, checkpoint = open_checkpoint(out_dir, os.path.join(HERE, "weights"), device)
 
 sweep_key, _, sweep_text = sweep.partition("=")
+if sweep and gif:
+    raise ConfigError("a sweep has no gif: give one of the two")
 if sweep and (sweep_key not in SWEEPABLE or not sweep_text):
     raise ConfigError(f"sweep: {sweep!r} must be KEY=VALUE,VALUE with KEY one of {', '.join(SWEEPABLE)}")
 models = {}
@@ -70,17 +72,16 @@ def model_with(ema):
 
 
 def resolve(settings):
-    """Settings with w and steps made definite, for the model at hand."""
+    """Settings with w (and not guidance_scale) and steps made definite, for the model at hand."""
     model = model_with(settings["ema"])
     w = guidance_weight(settings["w"], settings["guidance_scale"], 1.8, model)
     default_steps = {"dpm++": min(25, model.T), "ddim": min(50, model.T), "ddpm": model.T}.get(settings["sampler"])
-    return settings | {"w": w, "steps": settings["steps"] or default_steps}
+    return settings | {"w": w, "guidance_scale": None, "steps": settings["steps"] or default_steps}
 
 
-def draw(labels, settings, what, frames=None):
+def draw(labels, s, what, frames=None):
     """Pictures (n, H, W, C) uint8 for a list of labels (None: unlabelled), picture k with noise k of the seed."""
-    s, start, done = resolve(settings), time.time(), []
-    model, batches = model_with(s["ema"]), math.ceil(len(labels) / batch_size)
+    model, batches, start, done = model_with(s["ema"]), math.ceil(len(labels) / batch_size), time.time(), []
 
     def on_step(i, xt, x0_hat):
         done.append(i)
@@ -113,7 +114,7 @@ print(
 if sweep:
     per_class = num_samples or (1 if model.K else 8)
     labels = [k for k in rows for _ in range(per_class)]
-    pictures, titles = [], []
+    swept = []  # a title and settings for each row
     for text in sweep_text.split(","):
         try:
             kind = float if sweep_key in ("w", "guidance_scale") else type(config[sweep_key])
@@ -121,13 +122,16 @@ if sweep:
         except TypeError:
             raise ConfigError(f"sweep: {text!r} is not of type {kind.__name__}, which {sweep_key} is") from None
         clash = {"w": None, "guidance_scale": None} if sweep_key in ("w", "guidance_scale") else {}
-        pictures.append(draw(labels, settings | clash | {sweep_key: value}, f"{sweep_key}={text}"))
-        titles.append(f"{sweep_key}={text}")
-    save(tile(torch.cat(pictures).numpy(), len(labels), titles), f"sweep_{sweep_key}.png")
+        s = resolve(settings | clash | {sweep_key: value})
+        y = torch.tensor(labels) if model.K else None
+        model_with(s["ema"]).check_sampling(y, interval=interval, **s)  # every row, before one is drawn
+        swept.append((f"{sweep_key}={text}", s))
+    pictures = torch.cat([draw(labels, s, title) for title, s in swept])
+    save(tile(pictures.numpy(), len(labels), [title for title, _ in swept]), f"sweep_{sweep_key}.png")
 else:
     columns = num_samples or 8
     labels, titles, frames = [k for k in rows for _ in range(columns)], [names[k] for k in rows if names], {}
-    pictures = draw(labels, settings, "sampling", frames if gif else None)
+    pictures = draw(labels, chosen, "sampling", frames if gif else None)
     save(tile(pictures.numpy(), columns, titles), "sample.png")
     noise = PictureNoise(seed, range(len(labels)), model.shape)()
     save(tile(to_uint8(noise / 3).numpy(), columns, titles), "noise.png")

@@ -1293,6 +1293,16 @@ def test_help_lists_every_key_with_its_comment(script, capfd):
     assert "cuda, mps, cpu" in text
 
 
+def test_auto_compiles_where_the_gpu_can(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    for capability, triton, compiles in (((9, 0), 1, True), ((6, 1), 1, False), ((9, 0), None, False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(ddpm, "find_spec", lambda _: triton)
+        assert ddpm.choose_device("cuda") == ("cuda", torch.bfloat16, compiles)
+        assert ddpm.choose_device("cuda", use_compile=not compiles)[2] is not compiles
+
+
 def test_running_out_of_memory_is_one_line_and_a_bug_keeps_its_traceback(capfd):
     with pytest.raises(SystemExit) as caught:
         configurator.report(torch.OutOfMemoryError, torch.OutOfMemoryError("CUDA out of memory"), None)
@@ -1360,9 +1370,27 @@ def test_errors_of_training_are_one_line(shards, trained, tmp_path, capfd):
     line = train(lr="1e18", min_lr="1e18", max_iters=60, eval_interval=2)
     assert "loss is" in line and "last good checkpoint" in line and "lower lr" in line
     assert "must be in" in train(crop=0.0)
+    assert "grad_clip: -1.0 must be at least 0" in train(grad_clip=-1)
+    assert "sample_interval: -1 must be at least 0" in train(sample_interval=-1)
     assert "unknown key 'HERE'" in one_line(cli(capfd, "sample.py", "--HERE=x"))
     resume = ["--init_from=resume", f"--out_dir={trained}"]
     assert "ch: checkpoint 8, flag 16" in one_line(cli(capfd, "train.py", *resume, "--ch=16"))
+    line = one_line(cli(capfd, "train.py", *resume, "--val_fraction=0.2", "--max_iters=8"))
+    assert "the validation pictures are not the checkpoint's" in line
+
+
+def test_a_run_from_scratch_keeps_the_checkpoint_that_it_finds(shards, tmp_path, capfd):
+    def train(**changes):
+        changes = dict(max_iters=2, eval_interval=1) | changes
+        status, text = cli(capfd, "train.py", *tiny_flags(shards, str(tmp_path), **changes))
+        assert status == 0
+        return "ckpt_before.pt" in text
+
+    assert not train() and not train(init_from="resume", max_iters=3)
+    first = (tmp_path / "ckpt.pt").read_bytes()
+    assert train(seed=1) and (tmp_path / "ckpt_before.pt").read_bytes() == first
+    assert ddpm.load_checkpoint(f"{tmp_path}/ckpt.pt")["step"] == 2
+    assert ddpm.load_checkpoint(f"{tmp_path}/ckpt.pt.prev")["step"] == 1  # of the same run
 
 
 def test_a_failed_download_says_what_to_do(tmp_path, capfd, monkeypatch):
@@ -1385,6 +1413,10 @@ def test_errors_of_sampling_are_one_line(trained, shards, tmp_path, capfd):
     assert "eta=1.5 must be in [0, 1]" in sample("--sampler=ddim", "--eta=1.5")
     assert "'cuda:x' was asked for" in sample("--device=cuda:x")
     assert "sweep" in sample("--sweep=lr=1,2") and "is not of type int" in sample("--sweep=steps=3,x")
+    with pytest.MonkeyPatch.context() as patch:  # refused before the first row is drawn
+        patch.setattr(DDPM, "sample", lambda *a, **k: 1 / 0)
+        assert "between 1 and the model's 20" in sample("--sweep=steps=2,21")
+    assert "a sweep has no gif" in sample("--sweep=w=0,1", "--gif=True")
     assert "no checkpoint" in one_line(cli(capfd, "sample.py", f"--out_dir={tmp_path}/none"))
     flags = tiny_flags(shards, str(tmp_path / "u"), p_uncond=0.0, max_iters=1)
     assert cli(capfd, "train.py", *flags)[0] == 0
@@ -2232,6 +2264,11 @@ def test_bench_prints_all_parts(capfd):
         assert said in text, said
     assert "convolution_backward" in text and "of 3x3 convolutions" in text
     assert "train, sample" in one_line(cli(capfd, "bench.py", "--what=speed"))
+    assert "stands alone" in one_line(cli(capfd, "bench.py", "--what=train,learn"))
+    assert "diffusers has" in one_line(cli(capfd, "bench.py", "--what=augment", "--peer=lucidrains"))
+    few = [flag for flag in flags if not flag.startswith("--num")]
+    line = one_line(cli(capfd, "bench.py", "config/shapes.py", *few, "--what=augment", "--num_samples=9"))
+    assert "num_samples: 9 is less" in line
 
 
 @pytest.mark.slow
@@ -2265,9 +2302,12 @@ def test_bench_learns_for_a_while_and_keeps_what_was_learned(capfd, tmp_path):
     text, drawn = learn(capfd, tmp_path, *net, "--minutes=0.02", "--steps=2")
     steps, pictures = map(int, re.search(r"nanoDDPM: (\d+) steps, (\d+) pictures in 0.02 minutes", text).groups())
     assert pictures == 2 * steps > 0
-    text, again = learn(capfd, tmp_path, *net, "--steps=3")
+    text, again = learn(capfd, tmp_path, *net, "--minutes=0.02", "--steps=3")
     assert "is kept" in text and np.array_equal(drawn["nanoDDPM-2-steps"], again["nanoDDPM-2-steps"])
     assert not np.array_equal(again["nanoDDPM-3-steps"], again["nanoDDPM-2-steps"])
+    flags = (*BENCH, "--what=learn", f"--dataset={tmp_path}/real", f"--learn_dir={tmp_path}/learned", *net)
+    line = one_line(cli(capfd, "bench.py", "config/shapes.py", *flags, "--minutes=0.01"))
+    assert "nanoDDPM.pt: minutes was 0.02, not 0.01" in line
 
 
 @pytest.mark.slow

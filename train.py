@@ -7,6 +7,7 @@ python train.py config/shapes.py                                       a laptop:
 """
 
 import contextlib
+import datetime
 import math
 import os
 import signal
@@ -114,16 +115,18 @@ if init_from == "resume":
     globals().update(settle(config, given, checkpoint))
 if [key for key in given if key in ("max_iters", "epochs")][-1:] == ["max_iters"]:
     epochs = config["epochs"] = 0.0  # the one given last counts
-for key in ("batch_size", "grad_accum", "log_interval", "eval_interval"):
-    if config[key] < 1:
-        raise ConfigError(f"{key}: {config[key]} must be at least 1")
+least = dict(batch_size=1, grad_accum=1, log_interval=1, eval_interval=1, sample_interval=0, grad_clip=0)
+for key, value in least.items():
+    if config[key] < value:
+        raise ConfigError(f"{key}: {config[key]} must be at least {value}")
 if not (0 <= val_fraction < 1 and 0 < crop <= 1):
     raise ConfigError(f"val_fraction={val_fraction} must be in [0, 1) and crop={crop} in (0, 1]")
 if batch_size % (world * grad_accum):
     raise ConfigError(f"batch_size: {batch_size} is not divisible by {world} ranks x grad_accum {grad_accum}")
 device, amp_dtype, use_compile = choose_device(device, dtype, use_compile)
 if world > 1:
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    patience = datetime.timedelta(hours=2)  # with rank 0, while it downloads
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=patience)
 
 # data: rank 0 makes it where it has to be made
 for turn in range(2):
@@ -140,6 +143,8 @@ if not conditional or labels is None:
 n_train = training_count(len(images), val_fraction)
 n_val = len(images) - n_train
 trained_on = dict(dataset=dataset, classes=classes, val_fraction=val_fraction, validation=fingerprint(images[n_train:]))
+if checkpoint and checkpoint.get("trained_on", trained_on) != trained_on:
+    raise ConfigError("resume: the validation pictures are not the checkpoint's: val_fraction or the data has changed")
 batches = Batches(
     images[:n_train], None if labels is None else labels[:n_train], batch_size, seed, hflip, crop, 0, device
 )
@@ -228,7 +233,11 @@ def save(step):
         sums=train_sums, scaler=scaler.state_dict(), model_args=asdict(model.config), config=config, history=history
     )
     content["trained_on"] = trained_on
+    replaces = last_saved == "none" and os.path.exists(f"{out_dir}/ckpt.pt")
     save_checkpoint(f"{out_dir}/ckpt.pt", content)
+    if replaces:  # another run's
+        os.replace(f"{out_dir}/ckpt.pt.prev", f"{out_dir}/ckpt_before.pt")
+        say(f"the checkpoint of another run that was in {out_dir} is kept as {out_dir}/ckpt_before.pt")
     save_json(f"{out_dir}/log.json", history)
 
 
