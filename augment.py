@@ -53,7 +53,7 @@ eta = 0.0  # ddim's noise: 1 makes it ddpm
 variance = "posterior"  # of ddpm: posterior or beta
 clip_x0 = True  # keep the predicted picture in [-1, 1] at every step
 ema = True  # the averaged weights; False: the raw ones
-keep = 1.0  # below 1: the share kept, those of whose class out_dir/classifier.pt is surest
+keep = 1.0  # below 1: the share kept (rounded, per class and file), of whose class out_dir/classifier.pt is surest
 batch_size = 100  # pictures drawn at once
 shard_size = 1000  # pictures in a file, about: each class has the same number
 overwrite = False  # True: delete the shards in synthetic_dir first
@@ -182,6 +182,9 @@ def survey():
             done |= recorded
         else:
             todo.append(i)  # the last one of a smaller per_class
+    ours = {name for i in range(math.ceil(per_class / each)) for name in files_of(i)}
+    if foreign := [path for path in shard_files(folder) if os.path.basename(path) not in ours]:
+        raise DataError(f"{foreign[0]} is not of this set: {mend}")
     manifest |= {"complete": False, "settings": settings, "shards": done}
     return todo, manifest
 

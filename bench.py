@@ -46,8 +46,7 @@ from ddpm import (
     to_uint8,
 )
 
-training = settings_of(os.path.join(HERE, "train.py"))  # so that any of its recipes can be timed
-globals().update(training)
+globals().update(settings_of(os.path.join(HERE, "train.py")))  # so that any of its recipes can be timed
 # ---------------------------------------------------------------------------------------------------------------------
 peer = ""  # diffusers or lucidrains
 what = "train,sample"  # also augment, scaling, profile; or learn, alone
@@ -448,16 +447,20 @@ def bench_profile(sides):
 
 def bench_learn(sides):
     """Each side learns for so many minutes, unless its averages are there (NAME.pt), and draws num_samples pictures."""
-    settings = {key: config[key] for key in (*training, "minutes") if key not in ("data_dir", "device")}
+    loose = ("out_dir", "init_from", "device", "data_dir", "max_iters", "epochs")  # do not matter here
+    loose += ("eval_interval", "eval_pictures", "log_interval", "sample_interval")
+    keys = (*settings_of(os.path.join(HERE, "train.py")), "minutes")
+    settings = {key: config[key] for key in keys if key not in loose}
     os.makedirs(learn_dir, exist_ok=True)
     folders = {name: os.path.join(learn_dir, f"{name}-{steps}-steps") for name in sides}
     for name, side in sides.items():
         path = os.path.join(learn_dir, f"{name}.pt")
         if os.path.exists(path):
             kept = torch.load(path, map_location=device, weights_only=True)
-            if other := [key for key in settings if kept["settings"].get(key) != settings[key]]:
-                was, asked = kept["settings"].get(other[0]), settings[other[0]]
-                raise ConfigError(f"{path}: {other[0]} was {was}, not {asked}: remove it or give another --learn_dir")
+            were = kept.get("settings", {})
+            if other := [key for key in settings if were.get(key) != settings[key]]:
+                change = f"{other[0]} was {were.get(other[0])}, not {settings[other[0]]}"
+                raise ConfigError(f"{path}: {change}: remove it or give another --learn_dir")
             print(f"{path} is there and is kept")
             side.model.load_state_dict(kept["model"])
         else:

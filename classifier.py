@@ -411,14 +411,16 @@ def verdict(runs, names):
         else:
             text.append(f"Zero is not outside the interval{zero}: no effect was shown.")
         by_class = {name: difference(mine, base, recall(k)) for k, name in enumerate(names)}
-        for word, sign in (("gain", 1), ("lose", -1)):
-            apart = {name: mean for name, (mean, half) in by_class.items() if half is not None and sign * mean > half}
+        for word, sign in (("gain", 1), ("lose", -1)) if len(base) > 1 else ():
+            apart = {name: mean for name, (mean, half) in by_class.items() if sign * mean > half}
             listed = ", ".join(f"{name} {apart[name]:+.1f}" for name in sorted(apart, key=lambda n: -abs(apart[n])))
             text.append(f"Classes that {word}, at 95% each: {listed or 'none'}.")
-    return " ".join(text) + (
-        f" {len(base)} seeds: the intervals cover initial weights, order, augmentation and choice of pictures, not the"
-        " choice of test pictures, nor another training of the generator."
-    )
+    if len(base) > 1:
+        text.append(
+            f"{len(base)} seeds: the intervals cover initial weights, order, augmentation and choice of pictures, not "
+            "the choice of test pictures, nor another training of the generator."
+        )
+    return " ".join(text)
 
 
 def report(runs, names, out_dir):

@@ -236,6 +236,7 @@ def read_pictures(folder, size):
     paths = paths or [(p, 0) for p in pictures_in(folder)]
     if not paths:
         raise DataError(f"no pictures ({' '.join(PICTURES)}) in {folder} or its sub-folders, and no images_*.npy")
+    paths = shuffled(paths)
     images = np.empty((len(paths), size, size, 3), dtype=np.uint8)
     for i, (path, _) in enumerate(paths):
         try:
@@ -243,8 +244,12 @@ def read_pictures(folder, size):
                 images[i] = fit(picture, size)
         except (OSError, SyntaxError) as e:
             raise DataError(f"{path} is not a readable picture ({type(e).__name__})") from None
-    order = np.random.default_rng(0).permutation(len(paths))  # so that any slice has every class
-    return images[order], np.array([k for _, k in paths])[order] if names else None, names
+    return images, np.array([k for _, k in paths]) if names else None, names
+
+
+def shuffled(items):
+    """The items in an order that is always the same, so that any slice of what came class by class has every class."""
+    return [items[k] for k in np.random.default_rng(0).permutation(len(items))]
 
 
 def download(dataset, data_dir, size):
@@ -265,8 +270,9 @@ def download(dataset, data_dir, size):
             images, labels = np.asarray(source.data), np.asarray(source.targets)
             images = images if images.ndim == 4 else images[..., None]
         else:
-            images = np.stack([fit(picture, size) for picture, _ in source])
-            labels = np.asarray(source._labels)
+            order = shuffled(range(len(source)))
+            images = np.stack([fit(source[k][0], size) for k in order])
+            labels = np.asarray(source._labels)[order]
         names = getattr(source, "classes", None) or [str(k) for k in range(int(labels.max()) + 1)]
         yield split, images, labels, names
 

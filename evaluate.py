@@ -419,9 +419,13 @@ def main():
         raise ConfigError("per_class, controls and classifier belong to features=lite0")
     (on, amp_dtype, _), other = choose_device(device, dtype, False), "test" if split == "train" else "train"
     real, labels, names = load(dataset, split, data_dir, image_size, classes)
-    control, control_labels, _ = load(dataset, other, data_dir, image_size, classes)
+    control, control_labels, other_names = load(dataset, other, data_dir, image_size, classes)
     if real is None:
         raise DataError(f"{dataset} has no {split} split")
+    if control is not None and names != other_names:
+        raise DataError(
+            f"{dataset}: its splits have other classes, {names} and {other_names}: --classes keeps common ones"
+        )
     total, halves = len(real if split == "train" or control is None else control), control is None
     if halves:
         order = np.random.default_rng(0).permutation(len(real))

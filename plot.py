@@ -141,7 +141,7 @@ def plot_confusion(plt):
     content = read_json(path)
     arms, names = {}, content["classes"]
     for run in content["runs"]:
-        amount = f", {run['pictures']} pictures" if "amounts" in os.path.basename(path) else ""
+        amount = f", {run['n_real']} + {run['n_synthetic']}" if "amounts" in os.path.basename(path) else ""
         arms.setdefault(run["arm"] + amount, []).append(run)
     figure, axes = plt.subplots(1, len(arms), figsize=(4.1 * len(arms) + 0.6, 4.4), squeeze=False, sharey=True)
     for axis, (arm, runs) in zip(axes[0], arms.items()):
@@ -164,6 +164,7 @@ def plot_confusion(plt):
 def plot_data(plt):
     """Pictures of each class in the training split; one of each of ten classes, augmented four ways, and with noise."""
     images, labels, names = load(dataset, "train", data_dir, image_size, classes)
+    names = [] if labels is None else names
     groups = [np.arange(len(images))] if labels is None else [np.flatnonzero(labels == k) for k in range(len(names))]
     shown = [k for k, group in enumerate(groups) if len(group)][:10]
     places = groups[0][:8] if labels is None else np.array([groups[k][seed % len(groups[k])] for k in shown])

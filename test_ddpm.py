@@ -925,7 +925,7 @@ def test_the_verdict_says_what_the_numbers_say():
     text = verdict((0.40, 0.61, 0.53))
     assert "no effect was shown" in text and "helped" not in text and "hurt" not in text
     text = verdict((0.60,))
-    assert "One seed cannot tell" in text and "interval [" not in text
+    assert "One seed cannot tell" in text and "interval" not in text and "95%" not in text
     text = verdict((0.60, 0.61, 0.63), (0.60, 0.61, 0.62))  # the control gains as much
     assert "no effect was shown" in text and "Against that control synthetic pictures make +0.33" in text
     assert "helped" in verdict((0.60, 0.61, 0.63), (0.51, 0.50, 0.52))
@@ -979,6 +979,19 @@ def test_batches_are_a_function_of_seed_and_step():
     assert torch.equal(to_uint8(x)[:, 0, 0, 0].long(), y)  # pictures keep their labels
     halves = [a(3, slice(k, k + 4)) for k in (0, 4)]
     assert torch.equal(torch.cat([h[0] for h in halves]), x)
+
+
+def test_shifts_move_a_picture_and_repeat_its_border():
+    picture = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    wide = np.pad(picture, ((2, 2), (2, 2), (0, 0)), mode="edge")
+    moved = {(dy, dx): wide[dy : dy + 8, dx : dx + 8] for dy in range(5) for dx in range(5)}
+    for hflip in (False, True):
+        batches, seen = data.Batches(picture[None], None, 400, seed=0, hflip=hflip, shift=2), set()
+        for x in to_uint8(batches(0)[0]).numpy():
+            ways = {(key, f) for key, m in moved.items() for f in (0, 1) if np.array_equal(x, m[:, :: 1 - 2 * f])}
+            assert len(ways) == 1
+            seen |= ways
+        assert len(seen) == 25 * (1 + hflip)  # every shift in -2..2 along both axes, mirrored or not
 
 
 def test_flips_and_crops():
@@ -1284,13 +1297,18 @@ def help_lines(capfd, script):
     return [line.split("  ")[0] for line in lines if "=" in line]
 
 
-@pytest.mark.parametrize("script", ("train.py", "sample.py", "augment.py", "classifier.py"))
+SCRIPTS = ("train.py", "sample.py", "augment.py", "classifier.py", "evaluate.py", "plot.py", "bench.py")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_lists_every_key_with_its_comment(script, capfd):
     status, text = cli(capfd, script, "--help")
     assert status == 0 and "--key=value" in text
-    for key in ("out_dir=", "seed=", "device='auto'"):
-        assert key in text
-    assert "cuda, mps, cpu" in text
+    lines = [line.strip() for line in text.split("keys (--key=value):")[1].splitlines()]
+    comments = {key: comment for key, _, comment in configurator.assignments(f"{HERE}/{script}")}
+    for key, value in configurator.settings_of(f"{HERE}/{script}").items():
+        line = next(line for line in lines if line.startswith(f"{key}="))
+        assert line.startswith(f"{key}={value!r}") and line.endswith(comments[key]), line
 
 
 def test_auto_compiles_where_the_gpu_can(monkeypatch):
@@ -1391,6 +1409,16 @@ def test_a_run_from_scratch_keeps_the_checkpoint_that_it_finds(shards, tmp_path,
     assert train(seed=1) and (tmp_path / "ckpt_before.pt").read_bytes() == first
     assert ddpm.load_checkpoint(f"{tmp_path}/ckpt.pt")["step"] == 2
     assert ddpm.load_checkpoint(f"{tmp_path}/ckpt.pt.prev")["step"] == 1  # of the same run
+    assert not train(seed=2) and (tmp_path / "ckpt_before.pt").read_bytes() == first  # not for one of fewer steps
+
+
+def test_classes_that_are_in_the_validation_part_alone_are_named(tmp_path, capfd):
+    images, labels = np.zeros((30, 8, 8, 3), np.uint8), np.repeat([0, 1, 2], [14, 14, 2])
+    data.write_shards(f"{tmp_path}/tiny", images, labels, ["a", "b", "c"])
+    flags = tiny_flags(tmp_path, f"{tmp_path}/out", max_iters=1, eval_interval=1)
+    status, text = cli(capfd, "train.py", *flags)
+    assert status == 0 and "beware: all of c is in the validation part" in text
+    assert "beware" not in cli(capfd, "train.py", *flags, "--val_fraction=0.05")[1]
 
 
 def test_a_failed_download_says_what_to_do(tmp_path, capfd, monkeypatch):
@@ -1566,6 +1594,9 @@ def test_augment_refuses_other_settings_and_foreign_shards(trained, synthetic, t
     assert "must be in (0, 1]" in refused(keep=0) and "must be at least 1" in refused(per_class=0)
     assert "names a class twice" in refused(classes="bird,bird") and "or none" in refused(classes=",")
     assert "no classifier" in refused(keep=0.5) and "python classifier.py" in refused(keep=0.5)
+    (tmp_path / "s" / "images_00099.npy").write_bytes((tmp_path / "s" / "images_00000.npy").read_bytes())
+    assert "images_00099.npy is not of this set" in refused()
+    os.remove(f"{folder}/images_00099.npy")
     path = f"{folder}/images_00001.npy"
     with open(path, "r+b") as f:
         f.truncate(300)
@@ -2027,16 +2058,20 @@ def test_classifiers_of_evaluate_learn(monkeypatch):
     assert max(found["trained on samples, tested on real"], found["trained on real, recognises samples"]) < 0.2
 
 
-def test_errors_of_evaluate(capfd, real_shapes, shards, trained):
+def test_errors_of_evaluate(capfd, real_shapes, shards, trained, tmp_path):
     run = lambda *flags: one_line(evaluation(capfd, real_shapes, *flags))  # noqa: E731
     assert "n=200: there are 100 samples" in run(f"--samples={real_shapes}/copied", "--n=200")
     assert "n=10: there are" in run(f"--samples={real_shapes}/copied", "--n=10")
     assert "belong to features=lite0" in run("--features=inception", "--controls=True")
-    assert "samples are" in run(f"--samples={shards}/tiny") or "pictures are" in run(f"--samples={shards}/tiny")
+    assert "pictures are" in run(f"--samples={shards}/tiny")
     assert "features: 'vgg' is not one of" in run("--features=vgg")
     assert "no weights file" in run(f"--samples={real_shapes}/copied", "--features=inception", "--weights=nowhere.pth")
     assert "ckpt.pt draws (3, 8, 8), ['airplane', 'automobile', 'bird'], but" in run(f"--out_dir={trained}", "--n=30")
     assert "no checkpoint" in run("--n=30", f"--out_dir={real_shapes}")
+    images, labels, names = data.draw_shapes(30, 0)
+    for split, order in (("train", names), ("test", names[::-1])):
+        data.write_shards(f"{tmp_path}/other/{split}", images, labels, order)
+    assert "its splits have other classes" in run(f"--dataset={tmp_path}/other", f"--samples={real_shapes}/copied")
 
 
 def test_inception_weights_are_downloaded_with_a_word_and_an_error_that_helps(
@@ -2092,7 +2127,8 @@ def write_flowers102(root, monkeypatch):
         pixels = rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"image_{i:05d}.jpg")
     savemat(folder.parent / "imagelabels.mat", {"labels": (ids - 1) % 102 + 1})
-    savemat(folder.parent / "setid.mat", {"trnid": ids[:204], "valid": ids[:204], "tstid": ids[204:]})
+    first = ids[:204][np.argsort((ids[:204] - 1) % 102, kind="stable")]  # class by class, as in the real set
+    savemat(folder.parent / "setid.mat", {"trnid": first, "valid": first, "tstid": ids[204:]})
     md5 = lambda name: hashlib.md5((folder.parent / name).read_bytes()).hexdigest()  # noqa: E731
     files = {key: (name, md5(name)) for key, name in (("label", "imagelabels.mat"), ("setid", "setid.mat"))}
     monkeypatch.setattr(Flowers102, "_file_dict", Flowers102._file_dict | files)
@@ -2113,6 +2149,8 @@ def write_folder(root):
 @pytest.mark.parametrize("which", ("fashion_mnist", "fashion_mnist, unconditional", "flowers102", "folder"))
 def test_every_data_set_goes_through_all_scripts(capfd, tmp_path, monkeypatch, which):
     """From the files that the real sets come in, by their configs: train, sample, evaluate, plot."""
+    from PIL import Image
+
     monkeypatch.chdir(tmp_path)
     name, _, unconditional = which.partition(", ")
     dataset = f"{tmp_path}/pictures" if name == "folder" else name
@@ -2133,6 +2171,12 @@ def test_every_data_set_goes_through_all_scripts(capfd, tmp_path, monkeypatch, w
     ):
         status, text = cli(capfd, script, *flags)
         assert status == 0, text
+    if name == "flowers102":
+        images, labels, _ = data.load(name)
+        order = data.shuffled([k + 102 * i + 1 for k in range(102) for i in range(2)])  # ids of the training pictures
+        assert labels.tolist() == [(k - 1) % 102 for k in order]
+        with Image.open(f"data/flowers-102/jpg/image_{order[5]:05d}.jpg") as picture:
+            assert np.array_equal(images[5], data.fit(picture, 64))
     made = set(os.listdir("out-x"))
     assert {"ckpt.pt", "sample.png", "evaluate.json", "plot_loss.png", "plot_data.png"} <= made
     assert ("evaluate_nearest.png" in made) == (name != "folder")  # no picture of it is held out of training
@@ -2157,6 +2201,13 @@ def test_plots(capfd, shards, trained, tmp_path, kind):
     assert status == 0, text
     picture = np.asarray(Image.open(tmp_path / f"plot_{kind}.png").convert("RGB"))
     assert min(picture.shape[:2]) > 250 and picture.std() > 20
+    if kind == "confusion":  # two arms; of amounts, three cells, though two have as many pictures
+        for run, (n_real, n_synthetic) in zip(runs, ((1, 2), (2, 1), (2, 1), (3, 0))):
+            run |= dict(arm="real+synthetic", n_real=n_real, n_synthetic=n_synthetic)
+        data.save_json(f"{tmp_path}/classifier_amounts.json", {"classes": ["a", "b", "c"], "runs": runs})
+        flags = [f"--out_dir={tmp_path}", f"--results={tmp_path}/classifier_amounts.json"]
+        assert cli(capfd, "plot.py", kind, *flags)[0] == 0
+        assert 1.3 < Image.open(tmp_path / "plot_confusion.png").width / picture.shape[1] < 1.7
 
 
 def test_what_is_plotted(tmp_path):

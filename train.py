@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import math
 import os
+import shutil
 import signal
 import time
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from ddpm import (
     DDPM,
     EMA,
     DDPMConfig,
+    DDPMError,
     choose_device,
     evaluating,
     learning_rate,
@@ -142,6 +144,11 @@ if not conditional or labels is None:
     names = names if len(names) == 1 else []  # a model of one class knows what it draws
 n_train = training_count(len(images), val_fraction)
 n_val = len(images) - n_train
+lost = [] if labels is None else sorted(set(labels[n_train:].tolist()) - set(labels[:n_train].tolist()))
+if lost:
+    say(
+        f"beware: all of {', '.join(names[k] for k in lost)} is in the validation part, the last pictures: shuffle them"
+    )
 trained_on = dict(dataset=dataset, classes=classes, val_fraction=val_fraction, validation=fingerprint(images[n_train:]))
 if checkpoint and checkpoint.get("trained_on", trained_on) != trained_on:
     raise ConfigError("resume: the validation pictures are not the checkpoint's: val_fraction or the data has changed")
@@ -167,7 +174,7 @@ evaluated = ("step", "epochs", "train_loss", "val_loss", "train_quarters", "val_
 logged = ("log_step", "log_loss", "lr", "grad_norm")
 step, history = 0, {key: [] for key in (*evaluated, *logged)} | {"test_loss": None}
 if checkpoint:
-    step, history = checkpoint["step"], checkpoint["history"]
+    step, history = checkpoint["step"], checkpoint["history"] | {"test_loss": None}
     model.load_state_dict(checkpoint["model"])
     ema.load_state_dict(checkpoint["ema"])
     optimizer.load_state_dict(checkpoint["optimizer"])
@@ -227,17 +234,24 @@ def evaluate(images, labels, first=0):
     return mean(sums), quarters(sums)
 
 
+def steps_of(path):
+    """How long the model in a checkpoint was trained; -1 where there is none that can be read."""
+    with contextlib.suppress(DDPMError):
+        return load_checkpoint(path)["step"]
+    return -1
+
+
 def save(step):
     content = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step)
     content |= dict(
         sums=train_sums, scaler=scaler.state_dict(), model_args=asdict(model.config), config=config, history=history
     )
     content["trained_on"] = trained_on
-    replaces = last_saved == "none" and os.path.exists(f"{out_dir}/ckpt.pt")
+    if last_saved == "none" and os.path.exists(found := f"{out_dir}/ckpt.pt"):  # another run's
+        if steps_of(found) >= steps_of(before := f"{out_dir}/ckpt_before.pt"):
+            shutil.copyfile(found, before)
+            say(f"the checkpoint of another run that was in {out_dir} is kept as {before}")
     save_checkpoint(f"{out_dir}/ckpt.pt", content)
-    if replaces:  # another run's
-        os.replace(f"{out_dir}/ckpt.pt.prev", f"{out_dir}/ckpt_before.pt")
-        say(f"the checkpoint of another run that was in {out_dir} is kept as {out_dir}/ckpt_before.pt")
     save_json(f"{out_dir}/log.json", history)
 
 
