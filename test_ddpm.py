@@ -1305,10 +1305,12 @@ def test_help_lists_every_key_with_its_comment(script, capfd):
     status, text = cli(capfd, script, "--help")
     assert status == 0 and "--key=value" in text
     lines = [line.strip() for line in text.split("keys (--key=value):")[1].splitlines()]
-    comments = {key: comment for key, _, comment in configurator.assignments(f"{HERE}/{script}")}
-    for key, value in configurator.settings_of(f"{HERE}/{script}").items():
-        line = next(line for line in lines if line.startswith(f"{key}="))
-        assert line.startswith(f"{key}={value!r}") and line.endswith(comments[key]), line
+    with open(f"{HERE}/{script}") as f:
+        block = re.split("^# -{100,}$", f.read(), flags=re.M)[1]
+    keys = re.findall(r"^(\w+) = .+?(?:  # (.*))?$", block, flags=re.M)
+    assert len(keys) >= 10
+    for key, comment in keys:
+        assert any(line.startswith(f"{key}=") and line.endswith(comment) for line in lines), key
 
 
 def test_auto_compiles_where_the_gpu_can(monkeypatch):
