@@ -114,7 +114,7 @@ print(
 if sweep:
     per_class = num_samples or (1 if model.K else 8)
     labels = [k for k in rows for _ in range(per_class)]
-    swept = []  # a title and settings for each row
+    y, swept = torch.tensor(labels) if model.K else None, []  # a title and settings for each row
     for text in sweep_text.split(","):
         try:
             kind = float if sweep_key in ("w", "guidance_scale") else type(config[sweep_key])
@@ -123,7 +123,6 @@ if sweep:
             raise ConfigError(f"sweep: {text!r} is not of type {kind.__name__}, which {sweep_key} is") from None
         clash = {"w": None, "guidance_scale": None} if sweep_key in ("w", "guidance_scale") else {}
         s = resolve(settings | clash | {sweep_key: value})
-        y = torch.tensor(labels) if model.K else None
         model_with(s["ema"]).check_sampling(y, interval=interval, **s)  # every row, before one is drawn
         swept.append((f"{sweep_key}={text}", s))
     pictures = torch.cat([draw(labels, s, title) for title, s in swept])

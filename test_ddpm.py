@@ -1309,6 +1309,10 @@ def test_help_lists_every_key_with_its_comment(script, capfd):
         block = re.split("^# -{100,}$", f.read(), flags=re.M)[1]
     keys = re.findall(r"^(\w+) = .+?(?:  # (.*))?$", block, flags=re.M)
     assert len(keys) >= 10
+    if script in ("train.py", "sample.py", "augment.py", "classifier.py"):
+        for key in ("out_dir=", "seed=", "device='auto'"):
+            assert key in text
+        assert "cuda, mps, cpu" in text
     for key, comment in keys:
         assert any(line.startswith(f"{key}=") and line.endswith(comment) for line in lines), key
 
