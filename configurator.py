@@ -1,181 +1,253 @@
-"""Settings of a flat script, overridden from config files and flags, strictly checked. Standard library only.
+"""Settings of a flat script, overridden by config files and flags; and what the scripts share in resolving them.
 
     python train.py config/shapes.py --batch_size=32 --ch_mult=1,2,2
 
-A script opens with a block of plain `key = default  # comment` lines and then calls `configure(globals())`.
-Config files come first, in order, then the flags. A config file is Python and is executed: run only those that you
+A script opens with a block of `key = default  # comment` lines between two rules, then calls `configure(globals())`.
+Config files are applied first, in order, then flags. A config file is Python and is executed: run only those that you
 would run as a script.
 """
 
 import ast
+import ctypes
 import difflib
+import glob
 import os
+import re
 import sys
 import time
 import types
+from contextlib import suppress
+from importlib.util import find_spec
+
+import torch
+
+from ddpm import UserError, check_choice, check_range, load_model
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-PLAIN = (bool, int, float, str, tuple)
-CALL = "config, given = configure("  # the line that ends a script's settings
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be used. Printed as one line, exit status 2."""
+def settings_in(script):
+    """{key: (default, comment)}, both as text, of the block of settings that opens a script; {} if there is none."""
+    with open(script, encoding="utf-8") as f:
+        parts = re.split(r"^# -{100,}\n", f.read(), maxsplit=2, flags=re.M)
+    block = parts[1] if len(parts) == 3 and script != __file__ else ""
+    return {
+        key: (default, comment) for key, default, comment in re.findall(r"^(\w+) = (.+?)(?:  # (.*))?$", block, re.M)
+    }
 
-    one_line = True
+
+def defaults_of(script):
+    """{key: default} of a script's settings, without running it."""
+    return {key: ast.literal_eval(default) for key, (default, _) in settings_in(os.path.join(HERE, script)).items()}
 
 
-def report(kind, error, trace):
-    """The exception hook of every script: errors that a user can mend are one line with exit status 2."""
-    if kind.__name__ == "OutOfMemoryError":
-        error, kind = "out of memory: lower batch_size, ch or image_size, or raise grad_accum", ConfigError
-    if kind is KeyboardInterrupt:
-        error, kind = "interrupted", ConfigError
-    if not getattr(kind, "one_line", False):
+def hint(key, known):
+    """The nearest known key, or the scripts that have this one."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    scripts = [os.path.basename(p) for p in sorted(glob.glob(f"{glob.escape(HERE)}/*.py")) if key in settings_in(p)]
+    return f"it is a key of {', '.join(scripts)}" if scripts else "--help lists the keys"
+
+
+def convert(value, kind):
+    """The value as a bool, int, float, str or tuple: int for float, 1e5 for int, a list for a tuple. Else TypeError."""
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is int and type(value) is float and value.is_integer():
+        return int(value)
+    if kind is tuple and type(value) in (list, int, float):
+        return tuple(value) if type(value) is list else (value,)
+    if type(value) is not kind:
+        raise TypeError
+    return value
+
+
+def parse(text, kind):
+    """A flag's text as a value of the given kind. Raises TypeError."""
+    if kind is str:
+        return text
+    if kind is tuple and text == "":
+        return ()
+    try:
+        return convert(ast.literal_eval(text.capitalize() if kind is bool else text), kind)
+    except (ValueError, SyntaxError):
+        raise TypeError from None
+
+
+def run_config(path):
+    """Executes a config file: {key: (value, where it stands)}. Raises UserError."""
+    found = next((p for p in (path, os.path.join(HERE, path)) if os.path.isfile(p)), None)
+    if found is None:
+        raise UserError(f"no config file {path!r} (settings are written as --key=value)")
+    scope = {"__file__": found}
+    try:
+        with open(found, encoding="utf-8") as f:
+            source = f.read()
+        exec(compile(source, found, "exec"), scope)
+    except Exception as e:
+        raise UserError(f"config file {path}: {type(e).__name__}: {e}") from None
+    settings = {}
+    for key, value in scope.items():
+        if not key.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType)):
+            lines = [i for i, line in enumerate(source.splitlines(), 1) if re.match(rf"\s*{key}\b.*=", line)]
+            settings[key] = (value, f"{path}:{lines[-1] if lines else '?'}")
+    return settings
+
+
+def configure(namespace, ranges=None, **optional):
+    """Overrides the settings in a script's globals from sys.argv. Returns (all settings, those given) as two dicts.
+
+    A setting is a lower-case global that is a bool, int, float, str or tuple at the time of the call, or one whose
+    default is None and whose type is in `optional` (w=float). ranges: {key: interval}, see check_range.
+    Raises UserError for an unknown key (with the nearest match), a wrong type, a missing file or a value out of range.
+    """
+    sys.excepthook = print_user_error
+    kinds = {key: type(v) for key, v in namespace.items() if key.islower() and not key.startswith("_")}
+    kinds = {key: kind for key, kind in kinds.items() if kind in (bool, int, float, str, tuple)} | optional
+    defaults, given = {key: namespace[key] for key in kinds}, {}
+
+    def set_key(key, value, where, reader):
+        if key not in kinds:
+            raise UserError(f"{where}: unknown key {key!r}: {hint(key, list(kinds))}")
+        if defaults[key] == "auto" and isinstance(value, bool):
+            value = str(value)  # use_compile = True in a config file
+        try:
+            none = key in optional and value in (None, "None", "none")
+            given[key] = None if none else reader(value, kinds[key])
+        except TypeError:
+            kind = kinds[key].__name__
+            raise UserError(f"{where}: {key}={value!r} is not of type {kind} (default {defaults[key]!r})") from None
+
+    for arg in sys.argv[1:]:
+        if arg in ("--help", "-h"):
+            print_help(namespace.get("__doc__") or "", defaults, optional)
+            raise SystemExit(0)
+        if not arg.startswith("-"):
+            for key, (value, where) in run_config(arg).items():
+                set_key(key, value, where, convert)
+            continue
+        key, equals, text = arg.lstrip("-").partition("=")
+        key = key.replace("-", "_")
+        if not arg.startswith("--") or not equals:
+            raise UserError(f"{arg!r}: write it as --{key or 'key'}=value")
+        set_key(key, text, "flag", parse)
+    config = defaults | given
+    for key, interval in (ranges or {}).items():
+        check_range(key, config[key], interval)
+    namespace.update(given)
+    return config, given
+
+
+def print_help(doc, defaults, optional):
+    comments = settings_in(os.path.join(HERE, "train.py")) | settings_in(sys.argv[0])
+    print(f"{doc.strip()}\n\nkeys (--key=value):")
+    for key, value in defaults.items():
+        kind = f"({optional[key].__name__}) " if key in optional else ""
+        print(f"  {f'{key}={value!r}':36s} {kind}{comments.get(key, ('', ''))[1]}".rstrip())
+
+
+def print_user_error(kind, error, trace):
+    """The excepthook of the scripts: one line and exit status 2 for an error that the user can fix."""
+    if issubclass(kind, torch.OutOfMemoryError):
+        error = "out of memory: lower batch_size, ch or image_size, or raise grad_accum"
+    elif kind is KeyboardInterrupt:
+        error = "interrupted"
+    elif not issubclass(kind, UserError):
         return sys.__excepthook__(kind, error, trace)
     print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
     sys.stdout.flush()
     raise SystemExit(2)
 
 
-def assignments(path):
-    """[(key, line number, comment)] of the names that a Python file sets outside of functions, down to `configure(`."""
-    with open(path, encoding="utf-8") as f:
-        source = f.read()
-    lines, found, todo = source.splitlines(), [], [ast.parse(source, path)]
-    end = next((i for i, line in enumerate(lines) if CALL in line), len(lines))
-    while todo:
-        node = todo.pop()
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.lineno <= end:
-            found.append((node.id, node.lineno, lines[node.lineno - 1].partition("  # ")[2]))
-        if not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.GeneratorExp)):
-            todo += ast.iter_child_nodes(node)
-    return sorted(found, key=lambda entry: entry[1])
+def duration(seconds):
+    """12 s, 3.4 min, 5.6 h or 7.8 days."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
-def settings_of(path):
-    """{key: default} of a script's block of settings, without running it: those that are plain literals."""
-    with open(path, encoding="utf-8") as f:
-        source = f.read()
-    settings = {}
-    for node in ast.parse(source.partition(CALL)[0], path).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            settings[node.targets[0].id] = ast.literal_eval(node.value)
-    return settings
-
-
-def is_script(path):
-    with open(path, encoding="utf-8") as f:
-        return f"{CALL}globals()" in f.read()
-
-
-def hint(key, known):
-    """The nearest known key, or the script that has this one."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    if near:
-        return f"did you mean {near[0]!r}?"
-    scripts = [
-        name for name in sorted(os.listdir(HERE)) if name.endswith(".py") and is_script(os.path.join(HERE, name))
-    ]
-    homes = [name for name in scripts if key in [k for k, _, _ in assignments(os.path.join(HERE, name)) if k.islower()]]
-    if homes:
-        return f"it is a key of {', '.join(homes)}"
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else "--help lists the keys"
-
-
-def convert(value, wanted):
-    """The value as the wanted type (int for float, 1e5 for int, a list for a tuple), or raises TypeError."""
-    if wanted is float and type(value) is int:
-        return float(value)
-    if wanted is int and type(value) is float and value.is_integer():
-        return int(value)
-    if wanted is tuple and type(value) in (list, tuple, int, float):
-        return tuple(value) if type(value) in (list, tuple) else (value,)
-    if type(value) is not wanted:
-        raise TypeError
-    return value
-
-
-def parse(text, wanted):
-    """A flag's text as the wanted type, or raises TypeError."""
-    if wanted is str:
-        return text
-    if wanted is tuple and text == "":
-        return ()
-    try:
-        value = ast.literal_eval(text.capitalize() if wanted is bool else text)
-    except (ValueError, SyntaxError):
-        raise TypeError from None
-    return convert(value, wanted)
-
-
-def print_help(doc, defaults, optional):
-    comments = {key: comment for key, _, comment in assignments(sys.argv[0])}
-    print((doc or "").strip() + "\n\nkeys (--key=value):")
-    for key, value in defaults.items():
-        kind = f" ({optional[key].__name__})" if key in optional else ""
-        print(f"  {f'{key}={value!r}':36s}{kind} {comments.get(key, '')}".rstrip())
-
-
-def configure(namespace, **optional):
-    """Overrides the settings in a script's globals from sys.argv; returns (all settings, those given) as two dicts.
-
-    A setting is a public global that is a bool, int, float, str or tuple at the time of the call, or one whose default
-    is None and whose type is named in `optional` (e.g. w=float); for the latter `none` is a value too.
-    Raises ConfigError for an unknown key (with where it stood and the nearest match), a wrong type or a missing file.
-    """
-    sys.excepthook = report
-    public = {k: v for k, v in namespace.items() if not k.startswith("_")}
-    defaults = {k: v for k, v in public.items() if k.islower() and isinstance(v, PLAIN) or k in optional}
-    wanted = {k: optional.get(k, type(v)) for k, v in defaults.items()}
-    given = {}
-
-    def set_key(key, value, where, reader):
-        if key not in defaults:
-            raise ConfigError(f"{where}: unknown key {key!r}: {hint(key, list(defaults))}")
-        if key in optional and value in (None, "none", "None"):
-            given[key] = None
-            return
-        if defaults[key] in ("auto", "True", "False") and isinstance(value, bool):
-            value = str(value)
-        given.pop(key, None)  # so that `given` is in the order in which keys were set
-        try:
-            given[key] = reader(value, wanted[key])
-        except TypeError:
-            name = wanted[key].__name__
-            raise ConfigError(f"{where}: {key}={value!r} is not of type {name} (default {defaults[key]!r})") from None
-
-    for arg in sys.argv[1:]:
-        if arg in ("--help", "-h"):
-            print_help(namespace.get("__doc__"), defaults, optional)
-            raise SystemExit(0)
-        if arg.startswith("-"):
-            key, equals, text = arg.lstrip("-").partition("=")
-            if not arg.startswith("--") or not equals:
-                raise ConfigError(f"{arg!r}: write it as --{key.replace('-', '_') or 'key'}=value")
-            set_key(key.replace("-", "_"), text, "flag", parse)
-            continue
-        path = next((p for p in (arg, os.path.join(HERE, arg)) if os.path.isfile(p)), None)
-        if path is None:
-            raise ConfigError(f"no config file {arg!r} (settings are written as --key=value)")
-        scope = {"__file__": path}
-        try:
-            with open(path, encoding="utf-8") as f:
-                exec(compile(f.read(), path, "exec"), scope)
-        except Exception as e:
-            raise ConfigError(f"config file {arg}: {type(e).__name__}: {e}") from None
-        line_of = {key: line for key, line, _ in assignments(path)}
-        for key, value in scope.items():
-            if not key.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType)):
-                set_key(key, value, f"{arg}:{line_of.get(key, '?')}", convert)
-    namespace.update(given)
-    return defaults | given, given
-
-
-def progress(what, share, start):
-    """One line that is written over: how much is done (0..1) and the time left; silent where nobody watches."""
+def progress(title, share, start):
+    """Shows on one line how much is done (0..1) and the time left. Silent unless stderr is a terminal."""
     if sys.stderr.isatty():
-        left = (time.time() - start) * (1 - share) / max(share, 1e-9)
-        end = "\n" if share >= 1 else ""
-        print(f"\r{what}: {share:4.0%}, {left:5.0f} s left ", end=end, file=sys.stderr, flush=True)
+        left = duration((time.time() - start) * (1 - share) / max(share, 1e-9))
+        print(f"\r{title}: {share:4.0%}, {left} left    ", end="\n" if share >= 1 else "", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings that several scripts have
+
+
+def open_model(out_dir, ema, device, amp_dtype):
+    """load_model of out_dir's checkpoint. Where the default out_dir, `out`, has none, of the pretrained weights."""
+    path, note = os.path.join(out_dir, "ckpt.pt"), ""
+    pretrained = sorted(glob.glob(f"{glob.escape(HERE)}/weights/*.pt"))
+    if os.path.basename(os.path.normpath(out_dir)) == "out" and pretrained and not os.path.exists(path):
+        path, note = pretrained[0], f"{out_dir} holds no checkpoint, using the pretrained weights "
+    model, info = load_model(path, ema, device, amp_dtype)
+    return model, info | {"description": f"{note}{info['description']}; {device}, {dtype_name(amp_dtype)}"}
+
+
+def resolve_guidance(w, guidance_scale, default, model):
+    """w from two settings, w or guidance_scale = 1 + w. Without either: the default, or 0 without a null label."""
+    if w is not None and guidance_scale is not None:
+        raise UserError("give w or guidance_scale (= 1 + w), not both")
+    if guidance_scale is not None:
+        return round(guidance_scale - 1, 12)  # 1.3 - 1 is not 0.3 in binary
+    return w if w is not None else default if model.K and model.config.p_uncond > 0 else 0.0
+
+
+def describe_sampling(w, interval, sampler, steps, seed, **others):
+    """One line about how images are sampled, with guidance in both conventions."""
+    within = f"interval {tuple(interval)}, " if interval and w > 0 else ""
+    return f"w={w:g} (guidance_scale={1 + w:g}), {within}{sampler}, {steps} steps, seed {seed}"
+
+
+def dtype_name(amp_dtype):
+    return str(amp_dtype or torch.float32).removeprefix("torch.")
+
+
+def cpu_has_bfloat16():
+    """Whether this CPU computes in bfloat16, nearly twice as fast as in float32."""
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+def keep_freed_memory():
+    """Tells glibc to keep freed memory: returning it and faulting it in again is 10% of a training step on a CPU."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
+def setup_device(device="auto", dtype="auto", use_compile="auto"):
+    """Resolves three settings to (device, autocast dtype or None, compile or not), and prepares the device.
+
+    auto: cuda, mps or cpu; bfloat16 if the GPU has it, float16 on an older one, no autocast on cpu and mps; compile on
+    cuda if there is triton and the GPU is new enough. Raises UserError for a device that is not there.
+    """
+    mps = torch.backends.mps.is_available()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    kind, _, index = device.partition(":")
+    check_choice("device", kind, ("auto", "cuda", "mps", "cpu"))
+    check_choice("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+    check_choice("use_compile", str(use_compile), ("auto", "True", "False"))
+    on_gpu = (index or "0").isdigit() and int(index or 0) < torch.cuda.device_count()
+    if not {"cuda": on_gpu, "mps": mps, "cpu": True}[kind]:
+        raise UserError(f"device: {device!r} is not available: use --device=cpu or auto")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: one GPU per process
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    if kind == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    if kind == "cpu":
+        keep_freed_memory()
+    if dtype == "auto":
+        dtype = "float32" if kind != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
+    if use_compile == "auto":
+        use_compile = kind == "cuda" and bool(find_spec("triton"))
+        use_compile = use_compile and torch.cuda.get_device_capability(device) >= (7, 0)
+    return device, None if dtype == "float32" else getattr(torch, dtype), str(use_compile) == "True"

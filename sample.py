@@ -1,141 +1,128 @@
-"""Draws pictures from a checkpoint. Without one in out_dir, from the small pretrained weights in weights/.
+"""Samples images from a checkpoint; without one in out/, from the small pretrained weights in weights/.
 
-python sample.py --seed=17 --w=1.8                       a row for each class
-python sample.py --classes=cat,cat,frog --num_samples=6  rows of the classes you name
-python sample.py --sweep=w=-1,0,2,6                      a row for each value, the same noise in every row
-python sample.py --sampler=ddpm --gif=True               the full ancestral chain, and a GIF of the denoising
+python sample.py --seed=17 --w=1.8                            a row per class
+python sample.py --classes=cat,cat,frog --num_samples=6       rows of the classes you name
+python sample.py --rows=w=-1,0,2,6                            a row per value, from the same noise
+python sample.py --rows=steps=5,10,25 --columns=sampler=ddim,dpm++      every combination, from the same noise
+python sample.py --sampler=ddpm --gif=True                    the full ancestral chain, and a GIF of the denoising
 """
 
-import math
 import os
 import time
 
 import torch
 
-from configurator import HERE, ConfigError, configure, parse, progress
+from configurator import configure, describe_sampling, open_model, parse, progress, resolve_guidance, setup_device
 from data import class_ids, tile
-from ddpm import (
-    PictureNoise,
-    choose_device,
-    guidance_weight,
-    how_drawn,
-    model_from_checkpoint,
-    open_checkpoint,
-    to_uint8,
-)
+from ddpm import SAMPLERS, UserError, check_choice, image_noise, make_generator, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------------
-out_dir = "out"  # the checkpoint is here, and the pictures go here
-seed = 17  # picture k of a seed is the same at any batch size and on any machine (up to rounding)
+out_dir = "out"  # the checkpoint is here, and the images go here
+seed = 17  # image k of a seed is the same at any batch size and on any machine (up to rounding)
 w = None  # guidance of Ho & Salimans: -1 unconditional, 0 conditional; default 1.8 (0 without a null label)
-guidance_scale = None  # other papers' number for the same thing, 1 + w; give one of the two
+guidance_scale = None  # the other convention, 1 + w; give one of the two
 interval = ()  # low,high: guide only while sigma = sqrt(1 / alpha_bar - 1) is between them; empty: always
 classes = ""  # names or numbers, a row for each, repeats allowed; default all
-num_samples = 0  # pictures per row and class; default 8, in a sweep 1
+num_samples = 0  # images per row and class; default 8, or 1 with rows= or columns=
 sampler = "dpm++"  # ddpm, ddim
 steps = 0  # default 25 for dpm++, 50 for ddim, all of the model's for ddpm
 eta = 0.0  # ddim's noise: 1 makes it ddpm
 variance = "posterior"  # of ddpm: posterior or beta
-clip_x0 = True  # keep the predicted picture in [-1, 1] at every step
+clip_x0 = True  # keep x0_hat in [-1, 1] at every step
 ema = True  # the averaged weights; False: the raw ones
 batch_size = 80
 gif = False  # write denoising.gif
-sweep = ""  # key=value,value,…: a row per value
+rows = ""  # key=value,value,…: a row per value
+columns = ""  # key=value,value,…: a column per value
 device = "auto"  # cuda, mps, cpu
 dtype = "auto"  # float32, bfloat16, float16
-use_compile = "False"  # True pays on a GPU for many pictures
+use_compile = "False"  # True pays on a GPU for many images
 # ---------------------------------------------------------------------------------------------------------------------
-config, given = configure(globals(), w=float, guidance_scale=float)
-SWEEPABLE = ("w", "guidance_scale", "sampler", "steps", "eta", "variance", "clip_x0", "ema", "seed")
-
-if num_samples < 0 or batch_size < 1:
-    raise ConfigError(f"num_samples={num_samples} and batch_size={batch_size} must be positive")
-device, amp_dtype, use_compile = choose_device(device, dtype, use_compile)
-path, checkpoint = open_checkpoint(out_dir, os.path.join(HERE, "weights"), device)
-
-sweep_key, _, sweep_text = sweep.partition("=")
-if sweep and gif:
-    raise ConfigError("a sweep has no gif: give one of the two")
-if sweep and (sweep_key not in SWEEPABLE or not sweep_text):
-    raise ConfigError(f"sweep: {sweep!r} must be KEY=VALUE,VALUE with KEY one of {', '.join(SWEEPABLE)}")
+ranges = dict(num_samples="[0, inf)", batch_size="[1, inf)", steps="[0, inf)")
+config, given = configure(globals(), ranges, w=float, guidance_scale=float)
+COMPARED = ("w", "guidance_scale", "sampler", "steps", "eta", "variance", "clip_x0", "ema", "seed")
+device, amp_dtype, use_compile = setup_device(device, dtype, use_compile)
 models = {}
+if gif and (rows or columns):
+    raise UserError("gif: not with rows= or columns=")
 
 
-def model_with(ema):
-    """The network with averaged or raw weights, made once."""
+def get_model(ema):
+    """(model, info) with averaged or raw weights, loaded once."""
     if ema not in models:
-        models[ema] = model_from_checkpoint(checkpoint, ema, device)
-        models[ema].amp_dtype = amp_dtype
+        models[ema] = open_model(out_dir, ema, device, amp_dtype)
         if use_compile:
-            models[ema].net.compile(dynamic=False)
+            models[ema][0].net.compile(dynamic=False)
     return models[ema]
 
 
-def resolve(settings):
-    """Settings with w (and not guidance_scale) and steps made definite, for the model at hand."""
-    model = model_with(settings["ema"])
-    w = guidance_weight(settings["w"], settings["guidance_scale"], 1.8, model)
-    default_steps = {"dpm++": min(25, model.T), "ddim": min(50, model.T), "ddpm": model.T}.get(settings["sampler"])
-    return settings | {"w": w, "guidance_scale": None, "steps": settings["steps"] or default_steps}
+def values_of(name, text):
+    """'w=0,1' -> [("w=0", {"w": 0.0}), ("w=1", {"w": 1.0})]; '' -> [("", {})]."""
+    if not text:
+        return [("", {})]
+    key, _, values = text.partition("=")
+    check_choice(f"{name}=KEY=VALUE,VALUE", key, COMPARED)
+    kind, settings = type(config[key]) if key not in ("w", "guidance_scale") else float, []
+    for value in values.split(","):
+        try:
+            changes = {"w": None, "guidance_scale": None} if kind is float and key != "eta" else {}
+            settings.append((f"{key}={value}", changes | {key: parse(value, kind)}))
+        except TypeError:
+            raise UserError(f"{name}: {value!r} is not of type {kind.__name__}, which {key} is") from None
+    return settings
 
 
-def draw(labels, s, what, frames=None):
-    """Pictures (n, H, W, C) uint8 for a list of labels (None: unlabelled), picture k with noise k of the seed."""
-    model, batches, start, done = model_with(s["ema"]), math.ceil(len(labels) / batch_size), time.time(), []
-
-    def on_step(i, xt, x0_hat):
-        done.append(i)
-        progress(what, len(done) / (batches * s["steps"]), start)
-        if frames is not None:
-            frames.setdefault(i, []).append(to_uint8(xt).cpu())
-
-    how = {key: s[key] for key in ("w", "seed", "sampler", "steps", "eta", "clip_x0", "variance")}
-    how |= dict(interval=interval, on_step=on_step)
-    y = torch.tensor(labels) if model.K else None
-    return torch.cat(list(model.draw_pictures(y, range(len(labels)), batch_size, **how)))
+def resolve(changes):
+    """All settings of one image: config with some changed, w and the number of steps resolved and checked."""
+    s = {key: config[key] for key in COMPARED} | changes
+    model, _ = get_model(s["ema"])
+    s["w"] = resolve_guidance(s["w"], s.pop("guidance_scale"), 1.8, model)
+    check_choice("sampler", s["sampler"], SAMPLERS)
+    defaults = {"dpm++": min(25, model.T), "ddim": min(50, model.T), "ddpm": model.T}
+    s |= dict(steps=s["steps"] or defaults[s["sampler"]], interval=interval)
+    model.check_sampling(torch.tensor(labels) if model.K else None, **s)
+    return s
 
 
-def save(picture, name, **how):
-    picture.save(os.path.join(out_dir, name), **how)
+def sample(settings, title, on_step=None):
+    """Images (n, H, W, C) uint8 for `labels`, image k with noise k of the seed."""
+    settings, start = dict(settings), time.time()
+    model, _ = get_model(settings.pop("ema"))
+    y, batches = torch.tensor(labels) if model.K else None, []
+    for batch in model.sample_batches(y, range(len(labels)), batch_size, on_step=on_step, **settings):
+        batches.append(batch)
+        progress(title, sum(map(len, batches)) / len(labels), start)
+    return torch.cat(batches)
+
+
+def save(image, name, **how):
+    image.save(os.path.join(out_dir, name), **how)
     print(f"wrote {os.path.join(out_dir, name)}")
 
 
-model = model_with(ema)
-settings = {key: config[key] for key in SWEEPABLE}
-rows = class_ids(classes, model.config.class_names) if classes else list(range(model.K)) or [None]
+model, info = get_model(ema)
 names = list(model.config.class_names) if model.K else []
+shown = class_ids(classes, names) if classes else list(range(model.K)) or [0]
+per_class = num_samples or (8 if not (rows or columns) or not model.K else 1)
+labels = [k for k in shown for _ in range(per_class)]
+grid = [[(r, c, resolve(a | b)) for c, b in values_of("columns", columns)] for r, a in values_of("rows", rows)]
 os.makedirs(out_dir, exist_ok=True)
-chosen = resolve(settings)
-print(
-    f"{path}, step {checkpoint['step']}, {'averaged' if ema else 'raw'} weights; {device}, "
-    f"{str(amp_dtype or torch.float32)[6:]}; "
-    + how_drawn(chosen["w"], interval, chosen["sampler"], chosen["steps"], chosen["seed"])
-)
-if sweep:
-    per_class = num_samples or (1 if model.K else 8)
-    labels = [k for k in rows for _ in range(per_class)]
-    y, swept = torch.tensor(labels) if model.K else None, []  # a title and settings for each row
-    for text in sweep_text.split(","):
-        try:
-            kind = float if sweep_key in ("w", "guidance_scale") else type(config[sweep_key])
-            value = parse(text, kind)
-        except TypeError:
-            raise ConfigError(f"sweep: {text!r} is not of type {kind.__name__}, which {sweep_key} is") from None
-        clash = {"w": None, "guidance_scale": None} if sweep_key in ("w", "guidance_scale") else {}
-        s = resolve(settings | clash | {sweep_key: value})
-        model_with(s["ema"]).check_sampling(y, interval=interval, **s)  # every row, before one is drawn
-        swept.append((f"{sweep_key}={text}", s))
-    pictures = torch.cat([draw(labels, s, title) for title, s in swept])
-    save(tile(pictures.numpy(), len(labels), [title for title, _ in swept]), f"sweep_{sweep_key}.png")
+print(f"{info['description']}; {describe_sampling(**resolve({}))}")
+
+if rows or columns:
+    cells = [[sample(settings, f"{r} {c}") for r, c, settings in row] for row in grid]
+    images = torch.cat([torch.cat(row) for row in cells]).numpy()
+    titles, column_titles = [row[0][0] for row in grid if rows], [c for _, c, _ in grid[0] if columns]
+    save(tile(images, len(labels) * len(grid[0]), titles, column_titles), "compare.png")
 else:
-    columns = num_samples or 8
-    labels, titles, frames = [k for k in rows for _ in range(columns)], [names[k] for k in rows if names], {}
-    pictures = draw(labels, chosen, "sampling", frames if gif else None)
-    save(tile(pictures.numpy(), columns, titles), "sample.png")
-    noise = PictureNoise(seed, range(len(labels)), model.shape)()
-    save(tile(to_uint8(noise / 3).numpy(), columns, titles), "noise.png")
+    frames = {}  # step: batches of images
+    on_step = (lambda i, xt, x0_hat: frames.setdefault(i, []).append(to_uint8(xt).cpu())) if gif else None
+    titles = [names[k] for k in shown if names]
+    save(tile(sample(grid[0][0][2], "sampling", on_step).numpy(), per_class, titles), "sample.png")
+    noise = image_noise([make_generator(seed, k) for k in range(len(labels))], model.shape)
+    save(tile(to_uint8(noise / 3).numpy(), per_class, titles), "noise.png")
     if gif:
-        shown = sorted({*range(0, len(frames), max(1, len(frames) // 50)), max(frames)})
-        sheets = [tile(torch.cat(frames[i])[: len(labels)].numpy(), columns, titles) for i in shown]
+        times = sorted({*range(0, len(frames), max(1, len(frames) // 50)), max(frames)})
+        sheets = [tile(torch.cat(frames[i])[: len(labels)].numpy(), per_class, titles) for i in times]
         durations = [80] * (len(sheets) - 1) + [2000]  # ms
         save(sheets[0], "denoising.gif", save_all=True, append_images=sheets[1:], loop=0, duration=durations)

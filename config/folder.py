@@ -1,10 +1,21 @@
-# Your own pictures: a folder of them, or of one sub-folder per class, or of shards. Time and final loss are yours.
-#   python train.py config/folder.py --dataset=path/to/pictures
+# Your own images: a folder of them, of one sub-folder per class, or of shards. Time and loss are yours.
+#   python train.py config/folder.py --dataset=path/to/images
 out_dir = "out-folder"
-dataset = "pictures"
+dataset = "images"
 image_size = 32
-schedule, objective = "cosine", "v"
-patch, ch, ch_mult, num_res_blocks, attn_resolutions = 2, 64, (1, 2), 1, (8,)
-batch_size, max_iters = 32, 12_000
-lr, min_lr, warmup_iters, ema_decay = 1e-3, 2e-5, 200, 0.9995
-eval_interval, eval_pictures, sample_interval = 1000, 1000, 2000
+schedule = "cosine"
+objective = "v"
+patch = 2
+ch = 64
+ch_mult = (1, 2)
+num_res_blocks = 1
+attn_resolutions = (8,)
+batch_size = 32
+max_iters = 12_000
+lr = 1e-3
+min_lr = 2e-5
+warmup_iters = 200
+ema_decay = 0.9995
+eval_interval = 1000
+eval_images = 1000
+sample_interval = 2000
