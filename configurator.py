@@ -42,12 +42,12 @@ def defaults_of(script):
 
 
 def hint(key, known):
-    """The nearest known key, or the scripts that have this one."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    if near:
-        return f"did you mean {near[0]!r}?"
+    """The scripts that have an unknown key, or the nearest known one."""
     scripts = [os.path.basename(p) for p in sorted(glob.glob(f"{glob.escape(HERE)}/*.py")) if key in settings_in(p)]
-    return f"it is a key of {', '.join(scripts)}" if scripts else "--help lists the keys"
+    if scripts:
+        return f"it is a key of {', '.join(scripts)}"
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else "--help lists the keys"
 
 
 def convert(value, kind):

@@ -1,6 +1,13 @@
 """All tests: properties of the maths and of the program, on tiny nets, offline, on the CPU.
 
-test_NN_… catches row NN of the list of mistakes that public DDPM code makes: each name says which.
+Contents, in the order of the README:
+    helpers and fixtures
+    ddpm.py           schedules and tables; network; images, noise and loss; guidance and samplers; checkpoints
+    data.py           shards, batches, data sets
+    configurator.py   settings, errors, device
+    train.py, sample.py, augment.py, classifier.py, evaluate.py, plot.py, bench.py
+Tests are named test_FILE_PROPERTY. The errors that a user can cause are one table per script, test_FILE_user_errors.
+`pytest -q` runs the fast ones, `pytest -q -m slow -rP` those that take minutes.
 """
 
 import functools
@@ -34,12 +41,18 @@ import configurator
 import data
 import ddpm
 import evaluate
-from ddpm import DDPM, EMA, DDPMConfig, DDPMError, make_betas, posterior_coefficients, to_float, to_uint8
+from ddpm import DDPM, EMA, DDPMConfig, UserError, make_betas, posterior_coefficients, to_float, to_uint8
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = dict(image_size=8, num_classes=3, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0)
 TINY |= dict(timesteps=20, beta_end=0.6, class_names=("a", "b", "c"))
 SCHEDULES = ("linear", "cosine", "quadratic", "sigmoid")
+SAMPLERS = [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("ddim", 1.0), ("dpm++", 0.0)]  # with eta
+SCRIPTS = ("train.py", "sample.py", "augment.py", "classifier.py", "evaluate.py", "plot.py", "bench.py")
+BENCH = "--device=cpu --batch_size=2 --rounds=1 --steps=2 --num_samples=10 --timesteps=15 --image_size=8".split()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# helpers: tiny models and data
 
 
 def tiny(**changes):
@@ -71,639 +84,24 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def pictures(model, n=4):
+def random_batch(model, n=4):
     return torch.randn(n, *model.shape).clamp(-1, 1), torch.arange(n) % 3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# schedules and tables
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_01_posterior_variance_is_finite_and_zero_at_t0(schedule):
-    model = tiny(schedule=schedule)
-    for name, table in model.named_buffers():
-        assert table.isfinite().all(), name
-    assert model.posterior_var[0] == 0
-    model.net = Net(lambda x, t, y: 0.1 * x)
-    xt, t = torch.randn(2, *model.shape), torch.zeros(2, dtype=torch.long)
-    x0_hat, _ = model.predict(xt, t, None, 0)
-    mean, var = model.posterior(x0_hat, xt, t)
-    assert torch.equal(mean + var.sqrt() * torch.randn_like(xt), mean)
-    assert torch.allclose(mean, x0_hat, atol=1e-6)
-
-
-def test_01_last_step_draws_no_noise():
-    model = tiny(timesteps=1, beta_start=0.995, beta_end=0.995)
-    model.net = Net(lambda x, t, y: 0 * x)
-    drawn = []
-    original = ddpm.PictureNoise.__call__
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ddpm.PictureNoise, "__call__", lambda self: drawn.append(1) or original(self))
-        model.sample(torch.tensor([0]))
-    assert len(drawn) == 1  # the starting noise alone
-
-
-def test_02_posterior_variance_is_explicit(double):
-    model = tiny()
-    beta, abar_prev = model.betas[1:], model.alphas_bar_prev[1:]
-    assert torch.allclose(model.posterior_var[1:], 1 / ((1 - beta) / beta + 1 / (1 - abar_prev)), rtol=1e-12)
-    y = torch.tensor([0])
-    assert not torch.equal(model.sample(y, variance="posterior"), model.sample(y, variance="beta"))
-    with pytest.raises(DDPMError, match="variance"):
-        model.sample(y, variance="learned")
-
-
-def test_03_mean_from_eps_equals_mean_from_x0(double):
-    model = tiny()
-    xt, eps, t = torch.randn(20, *model.shape), torch.randn(20, *model.shape), torch.arange(20)
-    x0_hat, _ = model.predict_x0_eps(eps, xt, t)
-    beta, abar = model.at(model.betas, t), model.at(model.alphas_bar, t)
-    from_eps = (xt - beta / (1 - abar).sqrt() * eps) / (1 - beta).sqrt()
-    assert torch.allclose(model.posterior(x0_hat, xt, t)[0], from_eps, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_04_clipping_keeps_the_chain_bounded(schedule):
-    model = tiny(schedule=schedule, timesteps=1000, beta_end=0.02)
-    generator = torch.Generator().manual_seed(0)
-    model.net = Net(lambda x, t, y: torch.randn(x.shape, generator=generator))
-    hats = []
-    x = model.sample(torch.tensor([0, 1]), on_step=lambda i, xt, x0_hat: hats.append((xt, x0_hat)))
-    assert len(hats) == 1000 and x.isfinite().all()
-    for xt, x0_hat in hats:
-        assert x0_hat.abs().max() <= 1 and xt.isfinite().all() and xt.abs().max() < 10
-
-
-@pytest.mark.parametrize("objective", ddpm.OBJECTIVES)
-def test_05_eps_hat_belongs_to_the_clipped_x0_hat(double, objective):
-    model = tiny(objective=objective)
-    xt, t = 3 * torch.randn(20, *model.shape), torch.arange(20)
-    for clip in (True, False):
-        x0_hat, eps_hat = model.predict(xt, t, t % 3, 1.8, clip)
-        abar = model.at(model.alphas_bar, t)
-        assert torch.allclose(abar.sqrt() * x0_hat + (1 - abar).sqrt() * eps_hat, xt, atol=1e-10)
-        assert not clip or x0_hat.abs().max() <= 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# guidance and labels
-
-
-@pytest.mark.parametrize("B", (1, 2, 3))
-def test_06_guidance_convention(double, B):
-    model = tiny().eval()
-    inner = model.net
-    model.net = Net(lambda x, t, y: inner(x, t, y))
-    xt, t, y = torch.randn(B, *model.shape), torch.full((B,), 7), torch.arange(B) % 3
-    conditional, null = model.network(xt, t, y), model.network(xt, t, torch.full_like(y, 3))
-    model.net.calls = 0
-    assert torch.equal(model.guided(xt, t, y, 0.0), conditional) and model.net.calls == 1
-    assert torch.equal(model.guided(xt, t, y, -1.0), null) and model.net.calls == 2
-    for w in (0.5, 1.8, 6.0):  # one pass of 2B equals two passes, linear in w
-        model.net.calls = 0
-        assert torch.allclose(model.guided(xt, t, y, w), (1 + w) * conditional - w * null, atol=1e-12)
-        assert model.net.calls == 1
-
-
-def test_06_sample_returns_one_type_whatever_the_arguments():
-    model = tiny()
-    for sampler in ddpm.SAMPLERS:
-        for w in (-1, 0, 1.8):
-            x = model.sample(torch.tensor([0, 2]), w=w, sampler=sampler, steps=3)
-            assert type(x) is torch.Tensor and x.shape == (2, *model.shape)
-
-
-def test_07_labels_are_0_to_K_minus_1_and_the_null_label_is_K():
-    model = tiny().eval()
-    assert model.net.condition.label.num_embeddings == 4
-    x, t = torch.randn(1, *model.shape), torch.tensor([5])
-    outs = [model.network(x, t, torch.tensor([k])) for k in range(4)]
-    assert all(not torch.equal(outs[a], outs[b]) for a in range(4) for b in range(a))
-    assert torch.equal(model.network(x, t, None), outs[3])
-    for label in (-1, 3):
-        with pytest.raises(DDPMError, match="classes 0..2"):
-            model.sample(torch.tensor([label]))
-
-
-def test_08_label_dropout_is_one_coin_per_picture():
-    model, y, n = tiny(p_uncond=0.1), torch.zeros(40000, dtype=torch.long), 40000
-    generator = torch.Generator().manual_seed(0)
-    dropped = model.drop_labels(y, generator) == 3
-    assert abs(dropped.sum().item() - 0.1 * n) < 4 * math.sqrt(n * 0.1 * 0.9)
-    assert not y.any()  # the caller's labels stay
-    batches = dropped.view(-1, 200).sum(1)
-    assert batches.min() > 0 and batches.max() < 200 and len(batches.unique()) > 5
-    assert not (tiny(p_uncond=0.0).drop_labels(y) == 3).any() and (tiny(p_uncond=1.0).drop_labels(y) == 3).all()
-
-
-def test_09_nothing_is_dropped_while_sampling_or_validating():
-    model = tiny(dropout=0.5, p_uncond=0.9)
-    seen, inner = [], model.net
-    model.net = Net(lambda x, t, y: seen.append(y) or inner(x, t, y))
-    model.net.inner = inner  # so that it is switched to eval mode
-    y = torch.tensor([0, 1, 2])
-    model.train()
-    a, b = (model.sample(y, sampler="ddim", steps=4) for _ in range(2))
-    assert torch.equal(a, b) and all(torch.equal(s, y) for s in seen) and model.training
-    with ddpm.evaluating(model):
-        x0, t, eps = torch.zeros(3, *model.shape), torch.tensor([1, 2, 3]), torch.ones(3, *model.shape)
-        assert torch.equal(model(x0, y, t, eps), model(x0, y, t, eps))
-    assert model.training
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# time steps, samplers
-
-
-def test_10_every_t_is_trained_and_visited():
-    model = tiny()
-    t, _ = model.draw(2000)
-    assert sorted(t.unique().tolist()) == list(range(20))
-    model.net = Net(lambda x, t, y: 0 * x)
-    model.sample(torch.tensor([0]))
-    assert model.net.seen == list(range(19, -1, -1))
-    abar = torch.cumprod(1 - make_betas("linear", 1000, 1e-4, 0.02), 0)
-    assert abs(abar[0] - 0.9999) < 1e-12 and abs(abar[999] / 4.0358e-5 - 1) < 1e-4
-
-
-CASES = [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("ddim", 1.0), ("dpm++", 0.0)]
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("sampler,eta", CASES)
-@pytest.mark.parametrize("steps", (1, 2, 7, None))
-def test_11_oracle_of_one_picture_gives_it_back(sampler, eta, steps, schedule):
-    model = tiny(schedule=schedule)
-    point = torch.rand(1, *model.shape) * 2 - 1
-
-    def oracle(x, t, y):
-        abar = model.at(model.alphas_bar, t)
-        return (x - abar.sqrt() * point) / (1 - abar).sqrt()
-
-    model.net = Net(oracle)
-    x = model.sample(torch.tensor([0, 1]), sampler=sampler, steps=steps, eta=eta)
-    assert torch.allclose(x, point.expand_as(x), atol=2e-3)
-
-
-@pytest.mark.parametrize("sampler,eta", CASES)
-def test_11_oracle_of_gaussian_data_gives_its_mean_and_variance(double, sampler, eta):
-    model = tiny(timesteps=1000, beta_end=0.02, objective="x0")  # many steps: their error in the variance is O(1/steps)
-    mu, var = 0.3, 0.04
-
-    def oracle(x, t, y):
-        abar = model.at(model.alphas_bar, t)
-        return (mu / var + abar.sqrt() * x / (1 - abar)) / (1 / var + abar / (1 - abar))
-
-    model.net = Net(oracle)
-    y = torch.zeros(128, dtype=torch.long)
-    steps = 25 if sampler == "dpm++" else None
-    x = model.sample(y, sampler=sampler, eta=eta, steps=steps, clip_x0=False)
-    assert abs(x.mean() - mu) < 4 * math.sqrt(var / x.numel()) + 0.002
-    assert abs(x.var() / var - 1) < 0.06
-
-
-def test_12_steps_fall_from_T_minus_1_to_0():
-    for schedule in SCHEDULES:
-        model = tiny(schedule=schedule, timesteps=500, beta_end=0.028)
-        for steps in (1, 2, 3, 10, 50, 250, 499, 500):
-            ts = model.sampler_timesteps(steps)
-            assert len(ts) == steps and ts[0] == 499 and all(a > b for a, b in zip(ts, ts[1:]))
-            last = model.abar[ts[-1]]
-            assert steps == 1 or 0 <= ts[-1] < 12 and (1 - last) / last <= 0.03**2 * 1.2
-        assert model.sampler_timesteps(500) == model.sampler_timesteps(None) == list(range(499, -1, -1))
-        for steps in (0, 501):
-            with pytest.raises(DDPMError, match="between 1 and"):
-                model.sampler_timesteps(steps)
-
-
-def test_12_steps_are_even_in_the_seventh_root_of_sigma():
-    model = tiny(schedule="linear", timesteps=5000, beta_end=0.0028)  # fine enough for the formula to be seen
-    sigma = np.array([(1 / model.abar[t] - 1) ** 0.5 for t in model.sampler_timesteps(8)])
-    assert np.ptp(np.diff(sigma ** (1 / 7))) < 0.02 and abs(sigma[-1] - 0.03) < 0.002
-    model = tiny(schedule="cosine", timesteps=5000)  # its last sigma, 1e5, is far above 80
-    sigma = np.array([(1 / model.abar[t] - 1) ** 0.5 for t in model.sampler_timesteps(8)])
-    assert np.ptp(np.diff(np.r_[80, sigma[1:]] ** (1 / 7))) < 0.02
-
-
-def test_interval_guides_between_its_ends_alone():
-    model, y, calls = tiny(timesteps=50, beta_end=0.28), torch.tensor([0, 1]), []
-    model.net = Net(lambda x, t, y: calls.append((t[0].item(), len(t))) or 0.1 * x + 0.05 * y[:, None, None, None])
-
-    def draw(**how):
-        calls.clear()
-        return model.sample(y, sampler="dpm++", steps=20, **how)
-
-    always, never = draw(w=2.0), draw(w=0.0)
-    assert torch.equal(draw(w=2.0, interval=(0, 1e9)), always) and torch.equal(draw(w=2.0, interval=(1e8, 1e9)), never)
-    some = draw(w=2.0, interval=(0.3, 3))
-    assert not torch.equal(some, always) and not torch.equal(some, never)
-    assert [n for _, n in calls] == [4 if 0.3 <= (1 / model.abar[t] - 1) ** 0.5 <= 3 else 2 for t, _ in calls]
-    assert 0 < sum(n == 4 for _, n in calls) < 20
-    unconditional = draw(w=-1.0)
-    assert torch.equal(draw(w=-1.0, interval=(0.3, 3)), unconditional) and not torch.equal(unconditional, never)
-    for wrong in ((1,), (3, 1), (-1, 2), ("a", "b")):
-        with pytest.raises(DDPMError, match="interval"):
-            draw(w=2.0, interval=wrong)
-
-
-def test_12_ddim_with_eta_1_is_ddpm(double):
-    model, y = tiny(), torch.tensor([0, 1])
-    assert torch.allclose(model.sample(y, sampler="ddim", eta=1.0), model.sample(y), atol=1e-9)
-
-
-@pytest.mark.parametrize("T,left", ((100, "0.60"), (200, "0.36")))
-def test_13_warns_where_signal_remains_and_says_what_mends_it(T, left):
-    with pytest.warns(UserWarning, match=rf"= {left}.*timesteps=\d+ or beta_end=[\d.]+ mends") as caught:
-        tiny(timesteps=T, beta_end=0.02)
-    words = str(caught[0].message).replace("=", " ").split()
-    longer, steeper = int(words[words.index("or") - 1]), float(words[words.index("or") + 2])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        tiny(timesteps=longer, beta_end=0.02)
-        tiny(timesteps=T, beta_end=steeper * 1.01)  # it is printed with three digits
-        for schedule in SCHEDULES:
-            tiny(timesteps=500, beta_end=0.028, schedule=schedule)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_14_tables_against_plain_python(schedule):
-    T, a, b = 500, 1e-4, 0.028
-    model = tiny(timesteps=T, beta_end=b, schedule=schedule)
-    abar = 1.0
-    for t in range(T):
-        if schedule == "linear":
-            beta = a + (b - a) * t / (T - 1)
-        elif schedule == "quadratic":
-            beta = (a**0.5 + (b**0.5 - a**0.5) * t / (T - 1)) ** 2
-        elif schedule == "sigmoid":
-            beta = a + (b - a) / (1 + math.exp(6 - 12 * t / (T - 1)))
-        else:
-            f = [math.cos((u / T + 0.008) / 1.008 * math.pi / 2) ** 2 for u in (t, t + 1)]
-            beta = min(0.999, 1 - f[1] / f[0])
-        previous, abar = abar, abar * (1 - beta)
-        var = beta * (1 - previous) / (1 - abar)
-        c0, ct = previous**0.5 * beta / (1 - abar), (1 - beta) ** 0.5 * (1 - previous) / (1 - abar)
-        wanted = dict(betas=beta, alphas_bar=abar, alphas_bar_prev=previous, posterior_var=var)
-        wanted |= dict(posterior_c0=c0, posterior_ct=ct, q_var=1 - abar)
-        for name, value in wanted.items():
-            assert getattr(model, name)[t].item() == pytest.approx(value, rel=1e-6, abs=1e-12), (name, t)
-        assert model.abar[t] == pytest.approx(abar, rel=1e-9)
-
-
-def test_ancestral_sampler_agrees_step_by_step_with_numpy(double):
-    """Algorithm 2 of Ho et al., written again from the paper in NumPy float64."""
-    T, betas, model = 20, np.linspace(1e-4, 0.6, 20), tiny()
-    model.net = Net(lambda x, t, y: 0.4 * torch.sin(3 * x) + 0.02 * t[:, None, None, None])
-    steps = []
-    y = torch.tensor([0, 1])
-    model.sample(y, seed=3, clip_x0=False, on_step=lambda i, xt, x0: steps.append(xt.numpy()))
-    noise = ddpm.PictureNoise(3, range(2), model.shape)
-    x, alphas, abar = noise().numpy(), 1 - betas, np.cumprod(1 - betas)
-    for t in range(T - 1, -1, -1):
-        eps = 0.4 * np.sin(3 * x) + 0.02 * t
-        mean = (x - betas[t] / np.sqrt(1 - abar[t]) * eps) / np.sqrt(alphas[t])
-        sigma = np.sqrt(betas[t] * (1 - abar[t - 1]) / (1 - abar[t])) if t else 0.0
-        x = mean + sigma * noise().numpy() if t else mean
-        np.testing.assert_allclose(steps[T - 1 - t], x, rtol=1e-9, atol=1e-9)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# network
-
-
-def test_15_zero_initialisation_survives():
-    model = DDPM(DDPMConfig(**TINY))
-    x = torch.randn(2, *model.shape)
-    assert not model.net(x, torch.tensor([0, 9]), torch.tensor([0, 1])).any()
-    x = torch.randn(2, 16, 4, 4)
-    assert torch.equal(ddpm.Attention(16)(x), x)
-    assert torch.equal(model.net.mid2(x, torch.randn(2, 32)), x)
-    assert (
-        not DDPM(DDPMConfig(**TINY, arch="cnn"))
-        .net(torch.randn(1, 3, 8, 8), torch.tensor([0]), torch.tensor([0]))
-        .any()
-    )
-
-
-def test_layers_that_are_fused_equal_what_they_stand_for():
-    torch.manual_seed(0)
-    x, emb = torch.randn(3, 8, 6, 5), torch.randn(3, 12)
-    film, up = ddpm.FiLM(8, 12), ddpm.Upsample(8)
-    nn.init.normal_(film.norm.weight), nn.init.normal_(film.norm.bias)
-    scale, shift = film.affine(emb)[:, :, None, None].chunk(2, dim=1)
-    assert torch.allclose(film(x, emb), film.norm(x) * (1 + scale) + shift, atol=1e-5)
-    plain = F.conv2d(F.interpolate(x, scale_factor=2), up.weight, up.bias, padding=1)
-    assert up(x).shape == (3, 8, 12, 10) and torch.allclose(up(x), plain, atol=1e-5)
-    ours, theirs = (torch.autograd.grad(out.square().sum(), up.weight)[0] for out in (up(x), plain))
-    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3)
-    attention = ddpm.Attention(8)
-    nn.init.normal_(attention.proj.weight)
-    qkv = attention.qkv(attention.norm(x)).reshape(3, 3, 8, 30).transpose(-1, -2)[:, None]
-    h = F.scaled_dot_product_attention(*qkv.unbind(2)).transpose(-1, -2).reshape(x.shape)
-    assert torch.allclose(attention(x), x + attention.proj(h), atol=1e-5)
-
-
-def test_dropout_keeps_its_share_and_the_mean():
-    torch.manual_seed(0)
-    for p in (0.1, 0.5, 0.9):
-        layer, x = ddpm.Dropout(p), torch.ones(1001, 999, requires_grad=True)
-        out = layer(x)
-        kept = out != 0
-        assert abs(kept.double().mean() - (1 - p)) < 4 * (p * (1 - p) / x.numel()) ** 0.5 + 2**-16
-        assert torch.allclose(out[kept], torch.tensor(1 / (1 - p)), rtol=1e-3)
-        for shift in (1, 2, 4):  # neighbours, which share 64 random bits, are independent
-            together = (kept.flatten()[shift:] & kept.flatten()[:-shift]).double().mean()
-            assert abs(together - (1 - p) ** 2) < 5e-3 * (1 - p) ** 0.5
-        assert torch.equal(torch.autograd.grad(out.sum(), x)[0], out.detach())
-        assert not torch.equal(layer(x), out) and layer.eval()(x) is x
-
-
-def test_16_sizes_and_batch_independence():
-    with pytest.raises(DDPMError, match=r"image_size: 30 is not divisible by 8.*use 24"):
-        DDPMConfig(**(TINY | dict(image_size=30, ch_mult=(1, 1, 1, 1))))
-    for size in (28, 32):
-        for arch in ddpm.ARCHS:
-            model = tiny(image_size=size, ch_mult=(1, 2), arch=arch).eval()
-            x, t, y = torch.randn(3, *model.shape), torch.tensor([0, 5, 19]), torch.tensor([0, 1, 2])
-            out = model.network(x, t, y)
-            assert out.shape == x.shape
-            for i in range(3):
-                assert torch.allclose(out[i], model.network(x[i : i + 1], t[i : i + 1], y[i : i + 1])[0], atol=1e-5)
-    with pytest.raises(DDPMError, match="this model takes"):
-        model(torch.zeros(1, 3, 30, 30), torch.tensor([0]))
-
-
-def test_17_any_width_has_groups_that_divide_it():
-    for ch in (2, 6, 8, 10, 48, 100, 128, 320):
-        norm = ddpm.group_norm(ch)
-        assert ch % norm.num_groups == 0 and norm.num_groups <= 32
-    model = tiny(ch=8)
-    x0, y = pictures(model)
-    assert model(x0, y).isfinite().all()
-
-
-@pytest.mark.parametrize("T", (500, 1000))
-def test_18_embeddings_of_all_t_differ(T):
-    distance = torch.cdist(ddpm.sinusoid(torch.arange(T), 128), ddpm.sinusoid(torch.arange(T), 128))
-    assert (distance + 10 * torch.eye(T)).min() > 1e-3
-
-
-def test_patch_stem_and_unconditional_models_and_depths():
-    for changes in (dict(patch=2), dict(num_classes=0), dict(ch_mult=(1,)), dict(num_res_blocks=2), dict(channels=1)):
-        model = tiny(**changes)
-        x0, y = pictures(model)
-        y = y if model.K else None
-        model(x0, y).mean().backward()
-        # the null label's row is trained by dropped labels; everything else must get a gradient
-        assert all(p.grad is not None for p in model.parameters())
-        assert model.sample(y, indices=range(4), steps=2).shape == x0.shape
-    with pytest.raises(DDPMError, match="unconditional"):
-        tiny(num_classes=0).sample(torch.tensor([0]))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# EMA, loss
-
-
-def test_19_ema():
-    net = nn.Linear(2, 1)
-    ema = EMA(net, 0.9999)
-    start = net.weight.detach().clone()
-    for _ in range(50):
-        ema.update()
-    assert torch.allclose(ema.shadow[0], start)  # constant weights are a fixed point
-    torch.manual_seed(0)
-    ema, wanted = EMA(net, 0.5), net.weight.detach().clone()
-    for k in range(30):
-        with torch.no_grad():
-            net.weight.normal_()
-        ema.update()
-        d = min(0.5, (1 + k) / (10 + k))
-        wanted = d * wanted + (1 - d) * net.weight.detach()
-    assert torch.allclose(ema.shadow[0], wanted, atol=1e-6)
-    again = EMA(nn.Linear(2, 1), 0.5)
-    again.load_state_dict(ema.state_dict())
-    assert again.updates == 30 and torch.equal(again.shadow[0], ema.shadow[0])
-    raw = net.weight.detach().clone()
-    with ema.applied():
-        assert torch.equal(net.weight, ema.shadow[0])
-    assert torch.equal(net.weight, raw)
-    # warm-up: the initial weights' share after 10,000 updates at 0.9999
-    share = math.prod(min(0.9999, (1 + k) / (10 + k)) for k in range(10_000))
-    assert share < 1e-6
-    assert {n for n, _ in tiny().named_parameters()} == set(EMA(tiny()).names)  # and not the schedule
-
-
-def test_20_loss_is_a_mean():
-    model = DDPM(DDPMConfig(**TINY))
-    x0 = torch.zeros(64, *model.shape)
-    y, t = torch.zeros(64, dtype=torch.long), torch.arange(64) % 20
-    eps = torch.randn(64, *model.shape)
-    loss = model(x0, y, t, eps)
-    assert loss.shape == (64,) and abs(loss.mean() - 1) < 0.05
-    twice = model(*(v.repeat(2, *[1] * (v.ndim - 1)) for v in (x0, y, t, eps)))
-    assert torch.allclose(twice.mean(), loss.mean())
-
-
-@pytest.mark.parametrize("objective", ddpm.OBJECTIVES)
-def test_weights_and_objectives(double, objective):
-    """The same error in x0 costs the same under vlb, whatever the objective: it is one bound."""
-    reference, model = tiny(weighting="vlb"), tiny(weighting="vlb", objective=objective)
-    t = torch.arange(20)
-    x0, eps, error = (torch.randn(20, *model.shape) for _ in range(3))
-    xt = model.q_sample(x0, t, eps)
-    abar = model.at(model.alphas_bar, t)
-    believed = x0 + error  # and the eps that belongs to it
-    out = model.target(believed, (xt - abar.sqrt() * believed) / (1 - abar).sqrt(), t)
-    model.net = Net(lambda x, t, y: out)
-    beta = reference.betas
-    eps_error = (abar / (1 - abar)) * error**2
-    wanted = beta / (2 * (1 - beta) * (1 - reference.alphas_bar)) * eps_error.mean((1, 2, 3))  # [Ho] eq. 12
-    assert torch.allclose(model(x0, t % 3, t, eps), wanted, rtol=1e-9)
-    assert torch.allclose(model.predict_x0_eps(out, xt, t)[0], believed, atol=1e-9)
-    snr = reference.alphas_bar / (1 - reference.alphas_bar)
-    closed = {"eps": snr.clamp(max=5) / snr, "x0": snr.clamp(max=5), "v": snr.clamp(max=5) / (snr + 1)}[objective]
-    assert torch.allclose(tiny(weighting="min_snr", objective=objective).loss_weight, closed, rtol=1e-9)
-    assert (tiny(objective=objective).loss_weight == 1).all()
-
-
-@pytest.mark.parametrize("kind,function", (("l2", lambda d: d**2), ("l1", abs), ("huber", None)))
-def test_loss_kinds(kind, function):
-    function = function or (lambda d: torch.where(d.abs() < 1, d**2 / 2, d.abs() - 0.5))
-    model = tiny(loss=kind)
-    model.net = Net(lambda x, t, y: 0.5 * x)
-    x0, y = pictures(model)
-    t, eps = model.draw(4)
-    wanted = function(0.5 * model.q_sample(x0, t, eps) - eps).mean((1, 2, 3))
-    assert torch.allclose(model(x0, y, t, eps), wanted, rtol=1e-5)
-
-
-def test_21_uint8_round_trip():
-    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).repeat(1, 1, 1, 3)
-    assert torch.equal(to_uint8(to_float(levels)), levels)
-    assert to_float(levels).min() == -1 and to_float(levels).max() == 1
-    assert to_uint8(torch.tensor([-9.0, -1.004, 1.004, 9.0]).view(1, 1, 4, 1)).flatten().tolist() == [0, 0, 255, 255]
-
-
-def test_22_inputs_stay_as_they_were():
-    model = tiny()
-    x0, y = pictures(model)
-    t, eps = model.draw(4)
-    before = [v.clone() for v in (x0, y, t, eps)]
-    model(x0, y, t, eps).mean().backward()
-    with torch.no_grad():
-        model.predict(eps, t, y, 1.8)
-        model.posterior(x0, eps, t), model.drop_labels(y), to_uint8(x0)
-    assert all(torch.equal(a, b) for a, b in zip(before, (x0, y, t, eps)))
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_23_every_schedule_destroys_the_picture(schedule):
-    betas = make_betas(schedule, 1000, 1e-4, 0.02)
-    assert len(betas) == 1000 and (1 - betas).prod() < 1e-2
-    for bad in ((0.0, 0.02), (1e-4, 1.5), (-0.1, 0.1)):
-        if schedule != "cosine" and (schedule, bad[0]) != ("sigmoid", 0.0):
-            with pytest.raises(DDPMError, match="between 0 and 1"):
-                make_betas("linear" if schedule == "quadratic" else schedule, 10, *bad)
-
-
-def test_24_noise_is_normal_and_one_image_each():
-    model = tiny()
-    _, eps = model.draw(4000)
-    assert abs(eps.mean()) < 0.01 and abs(eps.var() - 1) < 0.01 and abs((eps**4).mean() - 3) < 0.1  # uniform: 1.8
-    assert not torch.equal(eps[0], eps[1])
-    x = ddpm.PictureNoise(0, range(2000), model.shape)().flatten(1)
-    assert abs(x.mean()) < 0.01 and abs(x.var() - 1) < 0.01
-    neighbours = (x[1:] * x[:-1]).mean(1)
-    assert neighbours.abs().max() < 6 / math.sqrt(x.shape[1]) and abs(neighbours.mean()) < 0.01
-
-
-def test_24_q_sample_has_the_closed_form_moments():
-    model = tiny()
-    x0, t = torch.full((5000, *model.shape), 0.7), torch.full((5000,), 9)
-    xt = model.q_sample(x0, t, torch.randn_like(x0))
-    mean, var = model.q_mean_variance(x0, t)
-    abar = model.alphas_bar[9]
-    assert torch.allclose(mean, abar.sqrt() * 0.7 * torch.ones(1)) and torch.allclose(var, (1 - abar) * torch.ones(1))
-    assert abs(xt.mean() - mean.mean()) < 0.01 and abs(xt.var() / (1 - abar) - 1) < 0.02
-
-
-def test_24_reverse_noise_is_scaled_by_the_standard_deviation():
-    model = tiny()
-    model.net = Net(lambda x, t, y: 0 * x)
-    seen = {}
-    y = torch.zeros(400, dtype=torch.long)
-    model.sample(y, steps=None, on_step=lambda i, xt, x0: seen.setdefault(i, (xt, x0)))
-    x_start = ddpm.PictureNoise(0, range(400), model.shape)()
-    c0, ct, var = posterior_coefficients(model.abar[19], model.abar[18])
-    residual = seen[0][0] - c0 * seen[0][1] - ct * x_start
-    assert abs(residual.var() / var - 1) < 0.02
-
-
-def test_24_the_loss_trains_and_is_against_the_noise():
-    model = tiny()
-    x0, y = pictures(model)
-    t, eps = model.draw(4)
-    model.net = Net(lambda x, t, y: eps)
-    assert model(x0, y, t, eps).abs().max() < 1e-12
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoints
-
-
-def checkpoint_of(model, **more):
-    return dict(model_args=vars(model.config), model=model.state_dict(), ema=EMA(model).state_dict(), step=5) | more
-
-
-def test_26_damage_is_one_sentence_and_the_previous_checkpoint_is_kept(tmp_path):
-    path = str(tmp_path / "ckpt.pt")
-    with pytest.raises(DDPMError, match="make one with `python train.py`"):
-        ddpm.load_checkpoint(path)
-    ddpm.save_checkpoint(path, checkpoint_of(tiny()))
-    with open(path, "r+b") as f:
-        f.truncate(1000)
-    with pytest.raises(DDPMError, match="damaged.*there is no previous one"):
-        ddpm.load_checkpoint(path)
-    ddpm.save_checkpoint(path, checkpoint_of(tiny()))
-    ddpm.save_checkpoint(path, checkpoint_of(tiny(), step=6))
-    assert ddpm.load_checkpoint(path)["step"] == 6 and ddpm.load_checkpoint(f"{path}.prev")["step"] == 5
-    with open(path, "r+b") as f:
-        f.truncate(1000)
-    with pytest.raises(DDPMError, match=r"the previous one, .*\.prev \(step 5\), is good"):
-        ddpm.load_checkpoint(path)
-
-
-def test_26_kill_9_while_saving_leaves_a_whole_file(tmp_path):
-    code = (
-        "import torch, ddpm\nprint('ready', flush=True)\nfor step in range(10**6):\n"
-        "    big = {'w': torch.full((300_000,), float(step))}\n"
-        "    ddpm.save_checkpoint('ckpt.pt', dict(model_args={}, ema={'shadow': big}, step=step))\n"
-    )
-    for seed in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": HERE}
-        )
-        process.stdout.readline()
-        time.sleep(0.3 + random.Random(seed).random())
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        loaded = ddpm.load_checkpoint(str(tmp_path / "ckpt.pt"))
-        assert (loaded["ema"]["shadow"]["w"] == loaded["step"]).all() and loaded["step"] > 0
-
-
-def test_27_keys_are_the_plain_modules_and_ema_samples_differ():
-    model = tiny()
-    names = set(model.state_dict())
-    model.net.compile(backend="eager")
-    assert set(model.state_dict()) == names and not any("_orig_mod" in n for n in names)
-    ema = EMA(model, 0.5)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(1.5)
-    y = torch.tensor([0])
-    raw = model.sample(y, steps=3)
-    with ema.applied():  # in place: the compiled network sees the averages
-        averaged = model.sample(y, steps=3)
-    assert not torch.equal(raw, averaged)
-    checkpoint = checkpoint_of(model) | {"ema": ema.state_dict()}
-    rebuilt = ddpm.model_from_checkpoint(checkpoint)
-    assert torch.allclose(rebuilt.sample(y, steps=3), averaged, atol=1e-5)
-    assert torch.allclose(ddpm.model_from_checkpoint(checkpoint, ema=False).sample(y, steps=3), raw, atol=1e-5)
-
-
-def test_a_compiled_network_sees_one_batch_shape():
-    model, shapes = tiny(), []
-    y = torch.arange(7) % 3
-    eager = torch.cat(list(model.draw_pictures(y, range(7), 3, steps=2, w=1.0)))
-
-    def backend(graph, inputs):
-        shapes.append([v.shape for v in inputs if v.ndim == 4 and v.shape[1:] == model.shape])
-        return graph.forward
-
-    model.net.compile(backend=backend, dynamic=False)
-    compiled = torch.cat(list(model.draw_pictures(y, range(7), 3, steps=2, w=1.0)))
-    assert shapes == [[(6, *model.shape)]] and compiled.shape == eager.shape
-    assert (compiled.int() - eager.int()).abs().max() <= 1
-
-
-def test_pictures_do_not_depend_on_batch_size_or_order():
-    model = tiny()
-    y = torch.arange(64) % 3  # one batch of 64, and the same in pieces
-    for sampler, eta in (("ddpm", 0.0), ("ddim", 1.0), ("dpm++", 0.0)):
-        draw = lambda k: model.sample(y[k], 1.8, 5, k, sampler, 4, eta)  # noqa: E731
-        whole = draw(list(range(64)))
-        for size in (1, 7):
-            parts = torch.cat([draw(list(range(s, min(s + size, 64)))) for s in range(0, 64, size)])
-            assert torch.allclose(parts, whole, atol=1e-3)
-        order = torch.randperm(64)
-        assert torch.allclose(draw(order.tolist()), whole[order], atol=1e-3)
-    assert not torch.equal(model.sample(y[:1], seed=1), model.sample(y[:1], seed=2))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the classifier from scratch
+def write_checkpoint(path, model, **more):
+    """What train.py saves of a model, as far as load_model needs it."""
+    content = dict(model_args=vars(model.config), model=model.state_dict(), ema=EMA(model).state_dict(), step=5)
+    with ddpm.atomic_write(path) as f:
+        torch.save(content | more, f)
+
+
+def same(a, b):
+    """Equal to the last bit, whatever the nesting."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
 def finite_difference(f, x, h=1e-6):
@@ -718,389 +116,16 @@ def finite_difference(f, x, h=1e-6):
     return d
 
 
-@pytest.mark.parametrize("B,sizes", ((1, (3, 2)), (4, (5, 7, 3)), (7, (6, 4, 9, 2)), (2, (4, 1, 5))))
-def test_31_gradients_equal_autograd_and_finite_differences(double, B, sizes):
-    model, loss = (
-        classifier.MLP(sizes),
-        classifier.SoftmaxCrossEntropy(),
-    )
-    model.params.normal_(generator=torch.Generator().manual_seed(1))
-    x = torch.randn(B, sizes[0])
-    y = torch.arange(B) % sizes[-1]
-    y[-1] = sizes[-1] - 1  # labels at both ends
-    value = loss.forward(model.forward(x, training=True), y)
-    model.backward(loss.backward())
-    mine = model.grads.clone()
-    weights = model.params.clone().requires_grad_()
-    pairs, at, h = list(zip(sizes, sizes[1:])), 0, x
-    bias_at = sum(a * b for a, b in pairs)
-    for i, (a, b) in enumerate(pairs):
-        h = h @ weights[at : at + a * b].view(a, b) + weights[bias_at : bias_at + b]
-        h, at, bias_at = F.relu(h) if i < len(pairs) - 1 else h, at + a * b, bias_at + b
-    expected = F.cross_entropy(h, y)
-    expected.backward()
-    assert torch.allclose(value, expected.detach(), rtol=1e-12, atol=1e-12)
-    assert torch.allclose(mine, weights.grad, rtol=1e-10, atol=1e-10)
-    numeric = finite_difference(lambda: loss.forward(model.forward(x), y), model.params)
-    assert torch.allclose(mine, numeric, rtol=1e-5, atol=1e-7)
-
-
-def test_31_every_layer_returns_the_gradient_of_its_input(double):
-    x, linear, dropout = torch.randn(4, 5), classifier.Linear(5, 3, dtype=torch.float64), classifier.Dropout(0.5)
-    layers = [
-        (linear, lambda x: x @ linear.W + linear.b),
-        (classifier.ReLU(), F.relu),
-        (dropout, lambda x: x * dropout.mask),
-    ]
-    for layer, function in layers:
-        y = layer.forward(x, training=True)
-        leaf = x.clone().requires_grad_()
-        expected, dy = function(leaf), torch.randn(y.shape)
-        expected.backward(dy)
-        assert torch.allclose(y, expected.detach(), atol=1e-12)
-        assert torch.allclose(layer.backward(dy), leaf.grad, atol=1e-12), layer
-
-
-@pytest.mark.parametrize("scale", (0.0, 1.0, 1e4))
-def test_31_softmax_cross_entropy_of_extreme_logits(double, scale):
-    loss, signs = classifier.SoftmaxCrossEntropy(), torch.tensor([[1.0, -1, 0], [-1, 1, 0.5], [0, 0, 0]])
-    for y in (torch.tensor([0, 2, 1]), torch.tensor([1, 0, 2]), torch.tensor([2, 2, 0])):
-        logits = (scale * signs).requires_grad_()
-        F.cross_entropy(logits, y).backward()
-        value = loss.forward(logits.detach(), y)
-        assert value.isfinite() and torch.allclose(value, F.cross_entropy(logits, y).detach(), rtol=1e-12)
-        assert torch.allclose(loss.backward(), logits.grad, atol=1e-10)
-    one = torch.tensor([[1e4, -1e4], [-1e4, 1e4]])
-    assert loss.forward(one, torch.tensor([0, 1])) == 0 and not loss.backward().any()  # a perfect prediction
-
-
-def test_dropout_of_the_classifier():
-    layer, x = classifier.Dropout(0.2, torch.Generator().manual_seed(0)), torch.ones(400, 257)
-    assert layer.forward(x) is x and layer.backward(x) is x  # nothing outside training
-    y = layer.forward(x, training=True)
-    share = (y == 0).float().mean().item()
-    assert abs(share - 51 / 256) < 4 * math.sqrt(0.2 * 0.8 / x.numel()) and abs(y.mean().item() - 1) < 0.01
-    assert not torch.equal(y, layer.forward(x, training=True))
-    rows = (y == 0).float().mean(1)
-    assert rows.min() > 0.05 and rows.max() < 0.4  # a coin for each value
-
-
-@pytest.mark.parametrize("kind", ("sgd", "adamw"))
-def test_optimisers_equal_torchs(double, kind):
-    model = classifier.MLP((3, 4, 2))
-    mine, theirs = classifier.OPTIMIZERS[kind](model, weight_decay=0.1), model.params.clone().requires_grad_()
-    if kind == "sgd":
-        optimizer = torch.optim.SGD([theirs], lr=0.01, momentum=0.9)
-    else:
-        optimizer = torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1)
-    for k in range(5):
-        model.grads.copy_(torch.sin(torch.arange(26.0) + k))
-        theirs.grad = model.grads.clone()
-        if kind == "sgd":  # torch's SGD couples its decay with the momentum; ours is AdamW's
-            theirs.data.mul_(1 - 0.01 * 0.1)
-        optimizer.step()
-        mine.step(0.01)
-    assert torch.allclose(model.params, theirs.detach(), rtol=1e-10, atol=1e-12)
-
-
-def classifier_settings(**changes):
-    settings = dict(hidden=(32,), gray=False, dropout=0.2, hflip=True, shift=1, optimizer="adamw", batch_size=20)
-    settings |= dict(max_iters=30, lr=3e-3, min_lr=0.0, warmup_iters=3, weight_decay=0.01, eval_interval=10)
-    return settings | dict(device="cpu", dtype=torch.float32) | changes
-
-
-def test_the_classifier_trains_with_autograd_off(monkeypatch):
-    images, labels, _ = data.draw_shapes(300, seed=0)
-    labels, seen = labels.astype(np.int64), []
-    forward = classifier.Linear.forward
-    monkeypatch.setattr(classifier.Linear, "forward", lambda *a: seen.append(torch.is_grad_enabled()) or forward(*a))
-    monkeypatch.setattr(torch.Tensor, "backward", lambda *a, **k: pytest.fail("autograd was used"))
-    with torch.enable_grad():
-        model, _ = classifier.train(images, labels, images, labels, 10, 0, classifier_settings())
-    assert seen and not any(seen)
-    assert not model.params.requires_grad and model.params.grad_fn is None
-
-
-def test_the_classifier_learns_and_returns_its_best_update():
-    rng, labels = np.random.default_rng(0), np.arange(1500) % 3
-    images = rng.integers(0, 200, (1500, 8, 8, 3)) + 12 * labels[:, None, None, None]  # brighter by class
-    images = images.astype(np.uint8)
-    val = images[1000:], labels[1000:]
-    settings = classifier_settings(max_iters=200, batch_size=50, eval_interval=50)
-    train = lambda seed=0, **more: classifier.train(images[:1000], labels[:1000], *val, 3, seed, settings | more)  # noqa: E731
-    model, best = train()
-    accuracy = (classifier.predict(model, val[0], False, "cpu").numpy() == val[1]).mean()
-    assert accuracy == pytest.approx(best["val"], abs=1e-6) and accuracy > 0.6
-    assert torch.equal(train()[0].params, model.params)  # a function of the seed
-    assert not torch.equal(train(seed=1)[0].params, model.params)
-    assert train(gray=True)[0].layers[0].W.shape[0] == 64
-    for more in ({"gray": True}, {"dtype": torch.bfloat16}, {"optimizer": "sgd", "lr": 0.01}, {"hidden": ()}):
-        assert train(**more)[1]["val"] > 0.5, more
-
-
-def test_32_arms_get_equal_weights_and_updates(monkeypatch):
-    images = np.arange(60, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2)
-    real = images[:30], np.arange(30) % 3
-    synthetic = images[30:], np.arange(30) % 3
-    sizes = {}
-    for arm in classifier.ARMS:
-        x, y = classifier.arm_pictures(arm, real, synthetic, 0, 0, seed=0)
-        sizes[arm] = len(x)
-        assert np.array_equal(x[:, 0, 0, 0] % 3, y)  # pictures keep their labels
-        assert (x[:, 0, 0, 0] >= 30).any() == ("synthetic" in arm) and (x[:, 0, 0, 0] < 30).any() == ("real" in arm)
-    assert sizes == {"real": 30, "synthetic": 30, "real+synthetic": 60, "real+real": 60}
-    x, y = classifier.arm_pictures("real+synthetic", real, synthetic, 9, 6, seed=1)
-    assert np.bincount(y[:9]).tolist() == [3, 3, 3] and np.bincount(y[9:]).tolist() == [2, 2, 2]
-    assert len(set(x[:, 0, 0, 0])) == 15
-    updates, kept, step = [], [], classifier.AdamW.step
-    monkeypatch.setattr(classifier.AdamW, "step", lambda self, lr: updates.append(lr) or step(self, lr))
-    monkeypatch.setattr(classifier.AdamW, "__init__", keep_start(classifier.AdamW.__init__, kept))
-    for arm in classifier.ARMS:
-        pictures = classifier.arm_pictures(arm, real, synthetic, 0, 0, seed=0)
-        classifier.train(*pictures, *real, 3, 0, classifier_settings())
-    assert all(torch.equal(kept[0], k) for k in kept) and len(kept) == 4
-    assert len(updates) == 4 * 30 and updates[:30] == updates[30:60]
-
-
 def keep_start(init, kept):
     def wrapped(self, model, *args):
-        kept.append(model.params.clone())
+        kept.append([p.clone() for p in model.weights()])
         init(self, model, *args)
 
     return wrapped
 
 
-def test_32_the_best_validation_is_kept(monkeypatch):
-    """Validation goes up, then down: the weights and the number of the best update come back."""
-    images, labels, seen = np.zeros((30, 4, 4, 3), np.uint8), np.arange(30) % 3, []
-    right = iter((10, 25, 20))
-
-    def predict(model, *_):
-        seen.append(model.params.clone())
-        wrong = torch.from_numpy(labels.copy())
-        wrong[next(right) :] = -1
-        return wrong
-
-    monkeypatch.setattr(classifier, "predict", predict)
-    model, best = classifier.train(images, labels, images, labels, 3, 0, classifier_settings())
-    assert best["step"] == 20 and best["val"] == pytest.approx(25 / 30)
-    assert torch.equal(model.params, seen[1]) and not torch.equal(seen[1], seen[2])
-
-
-def test_32_the_test_pictures_choose_nothing(shards, tmp_path, capfd):
-    found = []
-    for name in ("a", "b"):  # two data sets that differ in their test pictures alone
-        shutil.copytree(f"{shards}/tiny", tmp_path / name)
-        if name == "b":
-            images, labels, names = data.read_shards(f"{tmp_path}/b/test")
-            data.write_shards(f"{tmp_path}/b/test", images[::-1], labels, names)
-        flags = classifier_flags(str(tmp_path), str(tmp_path / name), "", dataset=f"{tmp_path}/{name}", arms="real")
-        assert cli(capfd, "classifier.py", *flags)[0] == 0
-        found.append(data.read_json(f"{tmp_path}/{name}/classifier.json")["runs"])
-    for a, b in zip(*found):
-        assert (a["step"], a["val"]) == (b["step"], b["val"]) and a["confusion"] != b["confusion"]
-
-
-def test_statistics_against_published_tables():
-    for df, t in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)):
-        assert classifier.t_quantile(df) == pytest.approx(t, abs=6e-4)
-    mean, error, half = classifier.interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert (mean, error) == (3, pytest.approx(math.sqrt(0.5))) and half == pytest.approx(2.776 * error, rel=1e-3)
-    assert classifier.interval([1.0]) == (1.0, None, None)
-
-
-def test_the_verdict_says_what_the_numbers_say():
-    def runs(*tests):
-        return [{"test": t, "confusion": [[round(100 * t), 100 - round(100 * t)], [0, 100]]} for t in tests]
-
-    def verdict(synthetic, control=None):
-        arms = {"real": runs(0.50, 0.51, 0.52)[: len(synthetic)], "real+synthetic": runs(*synthetic)}
-        return classifier.verdict(arms | ({"real+real": runs(*control)} if control else {}), ["cat", "dog"])
-
-    text = verdict((0.60, 0.61, 0.63))
-    assert "changes by +10.33 points" in text and "helped" in text and "gain, at 95% each: cat +10.3" in text
-    assert "lose, at 95% each: none" in text
-    text = verdict((0.40, 0.41, 0.43))
-    assert "-9.67 points" in text and "hurt" in text and "lose, at 95% each: cat -9.7" in text
-    text = verdict((0.40, 0.61, 0.53))
-    assert "no effect was shown" in text and "helped" not in text and "hurt" not in text
-    text = verdict((0.60,))
-    assert "One seed cannot tell" in text and "interval" not in text and "95%" not in text
-    text = verdict((0.60, 0.61, 0.63), (0.60, 0.61, 0.62))  # the control gains as much
-    assert "no effect was shown" in text and "Against that control synthetic pictures make +0.33" in text
-    assert "helped" in verdict((0.60, 0.61, 0.63), (0.51, 0.50, 0.52))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# data
-
-
-def test_shards_round_trip_and_their_faults(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (25, 8, 8, 3), dtype=np.uint8)
-    labels = np.arange(25) % 3
-    folder = str(tmp_path / "s")
-    data.write_shards(folder, images, labels, ["a", "b", "c"], shard_size=10)
-    got = data.load(folder)
-    assert np.array_equal(got[0], images) and np.array_equal(got[1], labels) and got[2] == ["a", "b", "c"]
-    got = data.load(folder, classes="c,a")
-    assert got[2] == ["c", "a"] and np.array_equal(got[0], images[labels != 1])
-    assert np.array_equal(got[1], np.where(labels[labels != 1] == 2, 0, 1))
-    with pytest.raises(data.DataError, match="did you mean"):
-        data.load(folder, classes="aa,b")
-    odd = str(tmp_path / "my_images_[1]")  # a name that looks like a file's or a pattern
-    data.write_shards(odd, images, labels, ["a", "b", "c, d"])
-    assert np.array_equal(data.load(odd)[1], labels)
-    assert np.array_equal(data.load(odd, classes=["c, d", "a"])[1], got[1])
-    with pytest.raises(data.DataError, match="at most 256 classes"):
-        data.write_shards(odd, images, labels + 300, [])
-    np.save(f"{folder}/labels_00001.npy", np.full(10, 7, dtype=np.uint8))
-    with pytest.raises(data.DataError, match="label 7"):
-        data.load(folder)
-    os.remove(f"{folder}/labels_00001.npy")
-    with pytest.raises(data.DataError, match="3 files of pictures, but 2"):
-        data.load(folder)
-    with open(f"{folder}/images_00002.npy", "r+b") as f:
-        f.truncate(150)
-    with pytest.raises(data.DataError, match="images_00002.npy is damaged"):
-        data.load(folder)
-
-
-def test_batches_are_a_function_of_seed_and_step():
-    images = np.arange(20, dtype=np.uint8).reshape(20, 1, 1, 1).repeat(4, 1).repeat(4, 2)
-    make = lambda seed: data.Batches(images, np.arange(20), 8, seed)  # noqa: E731
-    a, b, other = make(1), make(1), make(2)
-    forward = [a(s) for s in range(10)]
-    backward = [b(s) for s in reversed(range(10))][::-1]
-    assert all(torch.equal(p[0], q[0]) and torch.equal(p[1], q[1]) for p, q in zip(forward, backward))
-    assert not torch.equal(torch.cat([other(s)[1] for s in range(10)]), torch.cat([y for _, y in forward]))
-    seen = torch.cat([y for _, y in forward])[:80].view(4, 20)  # four epochs of 20, each with every picture once
-    assert all(sorted(epoch.tolist()) == list(range(20)) for epoch in seen) and not torch.equal(seen[0], seen[1])
-    x, y = a(3)
-    assert torch.equal(to_uint8(x)[:, 0, 0, 0].long(), y)  # pictures keep their labels
-    halves = [a(3, slice(k, k + 4)) for k in (0, 4)]
-    assert torch.equal(torch.cat([h[0] for h in halves]), x)
-
-
-def test_shifts_move_a_picture_and_repeat_its_border():
-    picture = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
-    wide = np.pad(picture, ((2, 2), (2, 2), (0, 0)), mode="edge")
-    moved = {(dy, dx): wide[dy : dy + 8, dx : dx + 8] for dy in range(5) for dx in range(5)}
-    for hflip in (False, True):
-        batches, seen = data.Batches(picture[None], None, 400, seed=0, hflip=hflip, shift=2), set()
-        for x in to_uint8(batches(0)[0]).numpy():
-            ways = {(key, f) for key, m in moved.items() for f in (0, 1) if np.array_equal(x, m[:, :: 1 - 2 * f])}
-            assert len(ways) == 1
-            seen |= ways
-        assert len(seen) == 25 * (1 + hflip)  # every shift in -2..2 along both axes, mirrored or not
-
-
-def test_flips_and_crops():
-    ramp = np.tile(np.arange(32, dtype=np.uint8) * 8, (32, 1))[None, :, :, None].repeat(400, 0)
-    x, _ = data.Batches(ramp, None, 400, 0)(0)
-    flipped = (x[:, 0, 0, 0] > x[:, 0, 0, -1]).float().mean()
-    assert 0.4 < flipped < 0.6
-    assert not (data.Batches(ramp, None, 400, 0, hflip=False)(0)[0][:, 0, 0, 0] > 0).any()
-    x, _ = data.Batches(ramp, None, 400, 0, hflip=False, crop=0.5)(0)
-    span = (x[:, 0, 0, -1] - x[:, 0, 0, 0]) * 127.5 / 8 + 1  # in pixels of the source
-    assert x.shape == (400, 1, 32, 32) and 15 < span.min() < 20 and 29 < span.max() < 33
-    assert x.min() >= -1 and x.max() <= 1
-
-
-def test_shapes_are_ten_balanced_seeded_classes():
-    images, labels, names = data.draw_shapes(500, 3)
-    again, _, _ = data.draw_shapes(500, 3)
-    assert images.dtype == np.uint8 and images.shape == (500, 32, 32, 3) and len(names) == 10
-    assert np.array_equal(images, again) and (np.bincount(labels) == 50).all()
-    assert len(np.unique(images.reshape(500, -1), axis=0)) == 500
-    means = np.stack([images[labels == k].mean((0, 3)) for k in range(10)])  # the classes differ in form
-    assert min(np.abs(means[a] - means[b]).max() for a in range(10) for b in range(a)) > 10
-
-
-def test_a_folder_of_pictures_with_and_without_classes(tmp_path):
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    for name in ("x", "y"):
-        (tmp_path / "p" / name).mkdir(parents=True)
-        for i in range(5):
-            size = (20 + 4 * i, 24, 3)
-            Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(tmp_path / "p" / name / f"{i}.png")
-    images, labels, names = data.load(str(tmp_path / "p"), data_dir=str(tmp_path / "kept"), image_size=16)
-    assert images.shape == (10, 16, 16, 3) and names == ["x", "y"] and np.bincount(labels).tolist() == [5, 5]
-    again = data.load(str(tmp_path / "p"), data_dir=str(tmp_path / "kept"), image_size=16)[0]
-    assert isinstance(again, np.memmap) and np.array_equal(again, images)
-    images, labels, names = data.load(str(tmp_path / "p" / "x"), data_dir=str(tmp_path / "kept"), image_size=16)
-    assert len(images) == 5 and labels is None and names == []
-    assert data.load(str(tmp_path / "p"), "test", str(tmp_path / "kept"))[0] is None
-    (tmp_path / "p" / "x" / "bad.png").write_bytes(b"no picture")
-    with pytest.raises(data.DataError, match="bad.png is not a readable picture"):
-        data.load(str(tmp_path / "p"), data_dir=str(tmp_path / "kept"), image_size=16)
-
-
-def test_the_library_starts_without_what_it_needs_rarely():
-    """Half of the seconds to a first step are imports: those that only some runs need are made when they are needed."""
-    code = (
-        "import sys, data, configurator; print(*{'torchvision', 'PIL', 'matplotlib', 'torch._dynamo'} & {*sys.modules})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HERE)
-    assert done.stdout.strip() == ""
-
-
-def test_torchvisions_cifar10_download_is_used_checked_and_then_not_needed(tmp_path, monkeypatch):
-    """A small archive in CIFAR-10's own format, fetched by torchvision from a server of this test."""
-    import torchvision
-
-    kind, rng, source = torchvision.datasets.CIFAR10, np.random.default_rng(0), tmp_path / "cifar-10-batches-py"
-    source.mkdir()
-    pixels = rng.integers(0, 256, (10, 3072), dtype=np.uint8)
-    batch = {"data": pixels, "labels": list(range(10))}
-    for name, content in (("b", batch), ("t", batch), ("batches.meta", {"label_names": list("abcdefghij")})):
-        (source / name).write_bytes(pickle.dumps(content))
-    md5 = lambda path: hashlib.md5(path.read_bytes()).hexdigest()  # noqa: E731
-    with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as archive:
-        archive.add(source, source.name)
-    monkeypatch.setattr(kind, "train_list", [["b", md5(source / "b")]])
-    monkeypatch.setattr(kind, "test_list", [["t", md5(source / "t")]])
-    meta = {"filename": "batches.meta", "key": "label_names", "md5": md5(source / "batches.meta")}
-    monkeypatch.setattr(kind, "meta", meta)
-    monkeypatch.setattr(kind, "filename", "c.tar.gz")
-    monkeypatch.setattr(kind, "tgz_md5", "0" * 32)
-    serve = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(kind, "url", f"http://127.0.0.1:{server.server_port}/c.tar.gz")
-    where = str(tmp_path / "data")
-    with pytest.raises(data.DataError, match="download failed.*By hand.*config/shapes.py"):  # a wrong checksum
-        data.load("cifar10", data_dir=where)
-    monkeypatch.setattr(kind, "tgz_md5", md5(tmp_path / "c.tar.gz"))
-    images, labels, names = data.load("cifar10", data_dir=where)
-    assert np.array_equal(images, pixels.reshape(10, 3, 32, 32).transpose(0, 2, 3, 1)) and names == list("abcdefghij")
-    server.shutdown()  # kept as shards: no second download
-    assert np.array_equal(data.load("cifar10", "test", where)[1], np.arange(10))
-
-
-def write_fashion_mnist(root, n):
-    """n pictures of each split as the idx files that the real set comes in; returns their pixels."""
-    (raw := root / "FashionMNIST" / "raw").mkdir(parents=True)
-    pixels = np.random.default_rng(0).integers(0, 256, (n, 28, 28), dtype=np.uint8)
-    for split in ("train", "t10k"):
-        header = b"\0\0\x08\x03" + b"".join(k.to_bytes(4, "big") for k in (n, 28, 28))
-        (raw / f"{split}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
-        labels = bytes(k % 10 for k in range(n))
-        (raw / f"{split}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + n.to_bytes(4, "big") + labels)
-    return pixels
-
-
-def test_fashion_mnist_in_its_own_format(tmp_path):
-    pixels = write_fashion_mnist(tmp_path, 6)
-    images, labels, names = data.load("fashion_mnist", data_dir=str(tmp_path))
-    assert np.array_equal(images[..., 0], pixels) and labels.tolist() == list(range(6)) and names[0] == "T-shirt/top"
-    with pytest.raises(data.DataError, match="28x28, not 32"):
-        data.load("fashion_mnist", data_dir=str(tmp_path), image_size=32)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the scripts, through the command line
+# helpers: the scripts through their command lines
 
 
 def cli(capfd, script, *args):
@@ -1133,88 +158,11 @@ def one_line(result):
     return text.strip().splitlines()[-1]
 
 
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory):
-    """A data_dir with small sets of every built-in data set's form, and a shard folder of 8x8 pictures."""
-    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    forms = {"cifar10": (32, 3, 10), "fashion_mnist": (28, 1, 10), "flowers102": (64, 3, 102), "shapes": (32, 3, 10)}
-    for name, (size, channels, classes) in (forms | {"tiny": (8, 3, 3)}).items():
-        names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-        names = names[:classes] if classes <= 10 else [str(k) for k in range(classes)]
-        n = 60 if size == 8 else 20
-        for split in ("train", "test"):
-            images = rng.integers(0, 256, (n, size, size, channels), dtype=np.uint8)
-            data.write_shards(f"{root}/{name}/{split}", images, np.arange(n) % classes, names)
-    return str(root)
-
-
-def tiny_flags(shards, out_dir, **changes):
-    settings = dict(dataset=f"{shards}/tiny", out_dir=out_dir, ch=8, ch_mult="1,2", num_res_blocks=1, dropout=0.1)
-    settings |= dict(attn_resolutions="4", timesteps=20, beta_end=0.6, batch_size=8, max_iters=6, warmup_iters=2)
-    settings |= dict(lr=1e-3, min_lr=1e-3, log_interval=1, eval_interval=2, sample_interval=0, device="cpu")
-    return [f"--{k}={v}" for k, v in (settings | changes).items()]
-
-
-@pytest.fixture(scope="session")
-def trained(shards, tmp_path_factory):
-    """The folder of a tiny model, trained for a few steps by the real script."""
-    out_dir = str(tmp_path_factory.mktemp("run") / "out")
-    flags = tiny_flags(shards, out_dir, sample_interval=6)
-    subprocess.run([sys.executable, f"{HERE}/train.py", *flags], check=True, cwd=shards, capture_output=True)
-    return out_dir
-
-
-def same(a, b):
-    """Equal to the last bit, whatever the nesting."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
-
-
-def test_25_a_stopped_and_resumed_run_equals_one_that_was_not(shards, tmp_path, capfd):
-    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
-    assert cli(capfd, "train.py", *tiny_flags(shards, whole, grad_accum=2))[0] == 0
-    assert cli(capfd, "train.py", *tiny_flags(shards, parts, grad_accum=2, max_iters=4))[0] == 0
-    status, text = cli(capfd, "train.py", f"--out_dir={parts}", "--init_from=resume", "--max_iters=6")
-    assert status == 0 and "max_iters changes from 4 to 6" in text
-    a, b = (ddpm.load_checkpoint(f"{d}/ckpt.pt") for d in (whole, parts))
-    for key in ("model", "ema", "optimizer", "scaler", "step"):
-        assert same(a[key], b[key]), key
-    assert a["history"]["val_loss"] == b["history"]["val_loss"] and len(a["history"]["val_loss"]) == 3
-    assert a["history"]["train_loss"] == b["history"]["train_loss"]
-
-
-def test_25_sigterm_saves_and_the_run_goes_on(shards, tmp_path, capfd):
-    flags = tiny_flags(shards, str(tmp_path / "out"), max_iters=100_000, eval_interval=50_000)
-    process = subprocess.Popen([sys.executable, f"{HERE}/train.py", *flags], stdout=subprocess.PIPE, text=True)
-    while not process.stdout.readline().startswith("step       5"):
-        pass
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    stopped_at = ddpm.load_checkpoint(str(tmp_path / "out" / "ckpt.pt"))["step"]
-    assert process.returncode == 0 and f"stopped by signal at step {stopped_at}" in out and stopped_at >= 5
-    status, text = cli(
-        capfd, "train.py", f"--out_dir={tmp_path}/out", "--init_from=resume", f"--max_iters={stopped_at + 2}"
-    )
-    assert status == 0 and f"steps {stopped_at} to {stopped_at + 2}" in text
-
-
-def test_28_two_gloo_processes_equal_one(shards, tmp_path, capfd):
-    one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    assert cli(capfd, "train.py", *tiny_flags(shards, one, dropout=0.0, sample_interval=6))[0] == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    flags = tiny_flags(shards, two, dropout=0.0, sample_interval=6)
-    done = subprocess.run([*command, f"{HERE}/train.py", *flags], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    a, b = (ddpm.load_checkpoint(f"{d}/ckpt.pt") for d in (one, two))
-    for key in ("model", "ema"):
-        x, y = (c[key] if key == "model" else c[key]["shadow"] for c in (a, b))
-        assert x.keys() == y.keys() and all(torch.allclose(x[k], y[k], atol=2e-5) for k in x)
-    for key in ("train_loss", "val_loss", "log_loss", "train_quarters"):
-        np.testing.assert_allclose(a["history"][key], b["history"][key], rtol=1e-3)
-    assert os.path.exists(f"{two}/samples_000006.png")
+def help_lines(capfd, script):
+    status, text = cli(capfd, script, "--help")
+    assert status == 0
+    lines = [line.strip() for line in text.split("keys (--key=value):")[1].splitlines()]
+    return [line.split("  ")[0] for line in lines if "=" in line]
 
 
 class HostReads(torch.utils._python_dispatch.TorchDispatchMode):
@@ -1231,304 +179,11 @@ class HostReads(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_training_step_reads_nothing_back(shards, tmp_path, capfd):
-    reads = []
-    for n in (3, 9):
-        flags = dict(max_iters=n, log_interval=100, eval_interval=100, crop=0.9)
-        with HostReads() as mode:
-            assert cli(capfd, "train.py", *tiny_flags(shards, str(tmp_path / str(n)), **flags))[0] == 0
-        reads.append(mode.count)
-    assert reads[0] == reads[1] > 0  # the first step, the last and the evaluation report; those between do not
-
-
-def test_29_learning_rate_and_number_of_steps(shards, tmp_path, capfd):
-    flags = tiny_flags(shards, str(tmp_path), max_iters=12, warmup_iters=3, lr=0.8, min_lr=0.1, eval_interval=100)
-    assert cli(capfd, "train.py", *flags, "--grad_clip=0.001")[0] == 0
-    with open(tmp_path / "log.json") as f:
-        log = json.load(f)
-    assert log["log_step"] == list(range(1, 13)) and log["step"] == [12]
-    assert log["lr"][:4] == pytest.approx([0.2, 0.4, 0.6, 0.8]) and log["lr"][-1] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(log["lr"][3:], log["lr"][4:]))
-    assert {"train_loss", "val_loss", "test_loss", "epochs"} <= log.keys() and log["test_loss"] > 0
-    assert log["epochs"] == [pytest.approx(12 * 8 / 54)]
-
-
-def test_epochs_give_the_length(shards, tmp_path, capfd):
-    flags = [f for f in tiny_flags(shards, str(tmp_path)) if not f.startswith("--max_iters")]
-    status, text = cli(capfd, "train.py", *flags, "--epochs=1")
-    assert status == 0 and "steps 0 to 7" in text  # 54 pictures in batches of 8
-    assert "steps 0 to 3" in cli(capfd, "train.py", *flags, "--epochs=1", "--max_iters=3")[1]  # the last one counts
-    assert "steps 0 to 7" in cli(capfd, "train.py", *flags, "--max_iters=3", "--epochs=1")[1]
-    assert "must be at least 1" in one_line(cli(capfd, "train.py", *flags, "--log_interval=0"))
-
-
-@pytest.mark.parametrize("name", sorted(n for n in os.listdir(f"{HERE}/config") if n.endswith(".py")))
-def test_every_config_runs(name, shards, tmp_path, capfd):
-    small = dict(
-        max_iters=2, batch_size=2, ch=8, timesteps=20, beta_end=0.6, eval_interval=2, eval_pictures=4, val_fraction=0.5
-    )
-    flags = [f"--{k}={v}" for k, v in small.items()] + [f"--out_dir={tmp_path}/out", f"--data_dir={shards}"]
-    flags += [f"--dataset={shards}/cifar10"] if name == "folder.py" else []
-    assert cli(capfd, "train.py", f"config/{name}", *flags, "--sample_interval=0", "--device=cpu")[0] == 0
-    assert len(json.load(open(tmp_path / "out" / "log.json"))["val_loss"]) == 1
-    if name == "cats_frogs.py":
-        flags += ["--classes=cat", "--conditional=False", "--sample_interval=2"]
-        assert cli(capfd, "train.py", f"config/{name}", *flags, "--device=cpu")[0] == 0
-        assert ddpm.load_checkpoint(f"{tmp_path}/out/ckpt.pt")["model_args"]["num_classes"] == 0
-        assert cli(capfd, "sample.py", f"--out_dir={tmp_path}/out", "--steps=2", "--num_samples=3")[0] == 0
-
-
-def test_default_recipe_has_its_size_and_takes_steps(shards, tmp_path, capfd):
-    flags = [f"--data_dir={shards}", f"--out_dir={tmp_path}", "--max_iters=2", "--batch_size=2", "--device=cpu"]
-    status, text = cli(capfd, "train.py", "config/cifar_linear.py", *flags, "--eval_pictures=2", "--sample_interval=0")
-    assert status == 0
-    assert 35 < float(text.split("M weights")[0].split()[-1]) < 40
-    defaults = dict(line.split("=", 1) for line in help_lines(capfd, "train.py"))
-    with open(f"{HERE}/config/cifar_linear.py") as f:
-        scope = {}
-        exec(f.read(), scope)
-    assert all(repr(v) == defaults[k] for k, v in scope.items() if not k.startswith("_"))
-
-
-def help_lines(capfd, script):
-    status, text = cli(capfd, script, "--help")
-    assert status == 0
-    lines = [line.strip() for line in text.split("keys (--key=value):")[1].splitlines()]
-    return [line.split("  ")[0] for line in lines if "=" in line]
-
-
-SCRIPTS = ("train.py", "sample.py", "augment.py", "classifier.py", "evaluate.py", "plot.py", "bench.py")
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_lists_every_key_with_its_comment(script, capfd):
-    status, text = cli(capfd, script, "--help")
-    assert status == 0 and "--key=value" in text
-    lines = [line.strip() for line in text.split("keys (--key=value):")[1].splitlines()]
-    with open(f"{HERE}/{script}") as f:
-        block = re.split("^# -{100,}$", f.read(), flags=re.M)[1]
-    keys = re.findall(r"^(\w+) = .+?(?:  # (.*))?$", block, flags=re.M)
-    assert len(keys) >= 10
-    if script in ("train.py", "sample.py", "augment.py", "classifier.py"):
-        for key in ("out_dir=", "seed=", "device='auto'"):
-            assert key in text
-        assert "cuda, mps, cpu" in text
-    for key, comment in keys:
-        assert any(line.startswith(f"{key}=") and line.endswith(comment) for line in lines), key
-
-
-def test_auto_compiles_where_the_gpu_can(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
-    for capability, triton, compiles in (((9, 0), 1, True), ((6, 1), 1, False), ((9, 0), None, False)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-        monkeypatch.setattr(ddpm, "find_spec", lambda _: triton)
-        assert ddpm.choose_device("cuda") == ("cuda", torch.bfloat16, compiles)
-        assert ddpm.choose_device("cuda", use_compile=not compiles)[2] is not compiles
-
-
-def test_running_out_of_memory_is_one_line_and_a_bug_keeps_its_traceback(capfd):
-    with pytest.raises(SystemExit) as caught:
-        configurator.report(torch.OutOfMemoryError, torch.OutOfMemoryError("CUDA out of memory"), None)
-    assert caught.value.code == 2 and "lower batch_size" in capfd.readouterr().err
-    configurator.report(ValueError, ValueError("a bug"), None)
-    assert "ValueError: a bug" in capfd.readouterr().err
-
-
-def test_30_settings_are_checked(shards, trained, tmp_path, capfd):
-    config = tmp_path / "c.py"
-    config.write_text("lr = 1\nbatch_sise = 4\n")
-    assert "c.py:2: unknown key 'batch_sise': did you mean 'batch_size'?" in one_line(
-        cli(capfd, "train.py", str(config))
-    )
-    config.write_text("import math\nlr = 'fast'\n")
-    assert "c.py:2: lr='fast' is not of type float" in one_line(cli(capfd, "train.py", str(config)))
-    config.write_text("lr = 1 / 0\n")
-    assert "ZeroDivisionError" in one_line(cli(capfd, "train.py", str(config)))
-    assert "no config file 'config/nothing.py'" in one_line(cli(capfd, "train.py", "config/nothing.py"))
-    assert "flag: unknown key 'sampler': it is a key of augment.py, evaluate.py, sample.py" in one_line(
-        cli(capfd, "train.py", "--sampler=ddim")
-    )
-    assert "it is a key of train.py" in one_line(cli(capfd, "sample.py", "--p_uncond=1"))
-    assert "did you mean 'max_iters'" in one_line(cli(capfd, "train.py", "--max_iter=5"))
-    assert "is not of type int" in one_line(cli(capfd, "train.py", "--batch_size=2.5"))
-    assert "is not of type bool" in one_line(cli(capfd, "train.py", "--hflip=1"))
-    assert "is not of type tuple" in one_line(cli(capfd, "train.py", "--ch_mult=a,b"))
-    assert "write it as --lr=value" in one_line(cli(capfd, "train.py", "--lr"))
-    assert "unknown key 'os'" in one_line(cli(capfd, "train.py", "--os=1"))
-    config.write_text("max_iters = 1e0\nlr = 1\nch_mult = [1, 2]\n")  # a float that is whole, an int, a list
-    flags = [f for f in tiny_flags(shards, f"{tmp_path}/out=1") if f.split("=")[0] not in ("--max_iters", "--lr")]
-    flags = [f for f in flags if not f.startswith("--ch_mult")]
-    assert cli(capfd, "train.py", str(config), *flags, "--batch_size=8e0")[0] == 0  # and a value with a "=" in it
-    saved = ddpm.load_checkpoint(f"{tmp_path}/out=1/ckpt.pt")
-    assert saved["config"]["ch_mult"] == (1, 2) and saved["model_args"]["ch_mult"] == (1, 2)
-    assert saved["config"]["lr"] == 1.0 and type(saved["config"]["max_iters"]) is int
-
-
-def test_30_a_real_command_line_ends_with_status_2_and_works_from_any_folder(tmp_path):
-    run = lambda *args: subprocess.run(  # noqa: E731
-        [sys.executable, f"{HERE}/train.py", *args], cwd=tmp_path, capture_output=True, text=True
-    )
-    done = run("--learning_rate=1")
-    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.strip().splitlines()) == 1
-    assert "unknown key 'learning_rate'" in done.stderr
-    done = run("config/shapes.py", "--dataset=nowhere")  # the config file beside the script is found
-    assert done.returncode == 2 and "dataset 'nowhere' is no data set and no folder" in done.stderr
-
-
-def test_errors_of_training_are_one_line(shards, trained, tmp_path, capfd):
-    def train(**changes):
-        return one_line(cli(capfd, "train.py", *tiny_flags(shards, str(tmp_path / "out"), **changes)))
-
-    assert "no checkpoint" in train(init_from="resume") and "python train.py" in train(init_from="resume")
-    assert "not one of scratch, resume" in train(init_from="gpt2")
-    assert "not divisible by 1 ranks x grad_accum 3" in train(grad_accum=3)
-    assert "'schedule'" not in train(schedule="bad") and "schedule: 'bad' is not one of linear" in train(schedule="bad")
-    assert "between 0 and 1" in train(beta_end=1.5)
-    assert "is not divisible by 16" in train(ch_mult="1,1,1,1,1")
-    assert "did you mean 'cifar10'" in train(dataset="cifar")
-    assert "unknown class 'birb'; did you mean 'bird'?" in train(classes="birb")
-    assert "val_fraction" in train(val_fraction=1.0)
-    if not torch.cuda.is_available():
-        assert "device: 'cuda' was asked for" in train(device="cuda")
-    line = train(lr="1e18", min_lr="1e18", max_iters=60, eval_interval=2)
-    assert "loss is" in line and "last good checkpoint" in line and "lower lr" in line
-    assert "must be in" in train(crop=0.0)
-    assert "grad_clip: -1.0 must be at least 0" in train(grad_clip=-1)
-    assert "sample_interval: -1 must be at least 0" in train(sample_interval=-1)
-    assert "unknown key 'HERE'" in one_line(cli(capfd, "sample.py", "--HERE=x"))
-    resume = ["--init_from=resume", f"--out_dir={trained}"]
-    assert "ch: checkpoint 8, flag 16" in one_line(cli(capfd, "train.py", *resume, "--ch=16"))
-    line = one_line(cli(capfd, "train.py", *resume, "--val_fraction=0.2", "--max_iters=8"))
-    assert "the validation pictures are not the checkpoint's" in line
-
-
-def test_a_run_from_scratch_keeps_the_checkpoint_that_it_finds(shards, tmp_path, capfd):
-    def train(**changes):
-        changes = dict(max_iters=2, eval_interval=1) | changes
-        status, text = cli(capfd, "train.py", *tiny_flags(shards, str(tmp_path), **changes))
-        assert status == 0
-        return "ckpt_before.pt" in text
-
-    assert not train() and not train(init_from="resume", max_iters=3)
-    first = (tmp_path / "ckpt.pt").read_bytes()
-    assert train(seed=1) and (tmp_path / "ckpt_before.pt").read_bytes() == first
-    assert ddpm.load_checkpoint(f"{tmp_path}/ckpt.pt")["step"] == 2
-    assert ddpm.load_checkpoint(f"{tmp_path}/ckpt.pt.prev")["step"] == 1  # of the same run
-    assert not train(seed=2) and (tmp_path / "ckpt_before.pt").read_bytes() == first  # not for one of fewer steps
-
-
-def test_classes_that_are_in_the_validation_part_alone_are_named(tmp_path, capfd):
-    images, labels = np.zeros((30, 8, 8, 3), np.uint8), np.repeat([0, 1, 2], [14, 14, 2])
-    data.write_shards(f"{tmp_path}/tiny", images, labels, ["a", "b", "c"])
-    flags = tiny_flags(tmp_path, f"{tmp_path}/out", max_iters=1, eval_interval=1)
-    status, text = cli(capfd, "train.py", *flags)
-    assert status == 0 and "beware: all of c is in the validation part" in text
-    assert "beware" not in cli(capfd, "train.py", *flags, "--val_fraction=0.05")[1]
-
-
-def test_a_failed_download_says_what_to_do(tmp_path, capfd, monkeypatch):
-    import torchvision
-
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "file:///nowhere.tar.gz")
-    line = one_line(cli(capfd, "train.py", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/out", "--device=cpu"))
-    assert "download failed" in line and "cs.toronto.edu" in line and "config/shapes.py" in line
-
-
-def test_errors_of_sampling_are_one_line(trained, shards, tmp_path, capfd):
-    def sample(*args):
-        return one_line(cli(capfd, "sample.py", f"--out_dir={trained}", *args))
-
-    assert "not both" in sample("--w=1", "--guidance_scale=2")
-    assert "unknown class 'birt'; did you mean 'bird'?" in sample("--classes=birt")
-    assert "sampler: 'euler' is not one of" in sample("--sampler=euler")
-    assert "between 1 and the model's 20" in sample("--steps=21")
-    assert "eta=1 belongs to ddim" in sample("--eta=1") and "variance=beta to ddpm" in sample("--variance=beta")
-    assert "eta=1.5 must be in [0, 1]" in sample("--sampler=ddim", "--eta=1.5")
-    assert "'cuda:x' was asked for" in sample("--device=cuda:x")
-    assert "sweep" in sample("--sweep=lr=1,2") and "is not of type int" in sample("--sweep=steps=3,x")
-    with pytest.MonkeyPatch.context() as patch:  # refused before the first row is drawn
-        patch.setattr(DDPM, "sample", lambda *a, **k: 1 / 0)
-        assert "between 1 and the model's 20" in sample("--sweep=steps=2,21")
-    assert "a sweep has no gif" in sample("--sweep=w=0,1", "--gif=True")
-    assert "no checkpoint" in one_line(cli(capfd, "sample.py", f"--out_dir={tmp_path}/none"))
-    flags = tiny_flags(shards, str(tmp_path / "u"), p_uncond=0.0, max_iters=1)
-    assert cli(capfd, "train.py", *flags)[0] == 0
-    line = one_line(cli(capfd, "sample.py", f"--out_dir={tmp_path}/u", "--w=1.8"))
-    assert "trained at p_uncond=0" in line
-    status, text = cli(capfd, "sample.py", f"--out_dir={tmp_path}/u", "--steps=2")
-    assert status == 0 and "w=0" in text
-    with open(f"{tmp_path}/u/ckpt.pt", "r+b") as f:
-        f.truncate(2000)
-    assert "damaged" in one_line(cli(capfd, "sample.py", f"--out_dir={tmp_path}/u"))
-
-
-def test_sampling_writes_what_it_says(trained, capfd):
-    from PIL import Image
-
-    def picture(name):
-        return np.asarray(Image.open(f"{trained}/{name}").convert("RGB")).astype(int)
-
-    def sample(*args):
-        status, text = cli(capfd, "sample.py", f"--out_dir={trained}", "--steps=4", *args)
-        assert status == 0, text
-        return text
-
-    assert "w=1.8 (guidance_scale=2.8)" in sample()
-    default = picture("sample.png")
-    assert "w=1.8" in sample("--guidance_scale=2.8", "--batch_size=7")
-    assert np.abs(picture("sample.png") - default).max() <= 2
-    sample("--batch_size=1")
-    assert np.abs(picture("sample.png") - default).max() <= 2
-    assert np.abs(picture("noise.png") - default).max() > 50
-    sample("--seed=18")
-    assert np.abs(picture("sample.png") - default).max() > 50
-    sample("--classes=bird,bird,0", "--num_samples=2", "--gif=True", "--ema=False")
-    assert Image.open(f"{trained}/denoising.gif").n_frames == 4
-    height = lambda rows: rows * 18 + 2  # noqa: E731
-    assert picture("sample.png").shape[0] == height(3)
-    for sweep, rows in (("w=-1,0,2,6", 4), ("ema=True,False", 2), ("steps=2,3", 2), ("sampler=ddpm,ddim,dpm++", 3)):
-        sample(f"--sweep={sweep}")
-        assert picture(f"sweep_{sweep.split('=')[0]}.png").shape[0] == height(rows)
-    sample("--sweep=seed=3,3")
-    two = picture("sweep_seed.png")
-    assert np.array_equal(two[2:18, 80:], two[20:36, 80:])  # equal noise in every row
-
-
-def test_pretrained_weights_are_used_where_there_is_no_checkpoint(tmp_path, capfd, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    status, text = cli(capfd, "sample.py", "--steps=2", "--num_samples=1", "--device=cpu")
-    assert status == 0 and "out holds no checkpoint: using the pretrained weights/" in text
-    assert os.path.exists("out/sample.png")
-    for name in os.listdir(f"{HERE}/weights"):
-        assert os.path.getsize(f"{HERE}/weights/{name}") <= 8e6
-    trained_on = ddpm.load_checkpoint(f"{HERE}/weights/cifar_small.pt")["trained_on"]
-    assert trained_on["dataset"] == "cifar10" and len(trained_on["validation"]) == 64
-    assert "averaged weights alone" in one_line(cli(capfd, "sample.py", "--ema=False"))
-
-
-def test_exported_weights_draw_the_same_pictures(trained, tmp_path):
-    checkpoint = ddpm.load_checkpoint(f"{trained}/ckpt.pt")
-    ddpm.export_weights(str(tmp_path / "w.pt"), checkpoint)
-    half = ddpm.load_checkpoint(str(tmp_path / "w.pt"))
-    assert half["ema"]["shadow"]["net.stem.weight"].dtype == torch.float16
-    y = torch.tensor([0, 1])
-    a, b = (ddpm.model_from_checkpoint(c).sample(y, steps=4) for c in (checkpoint, half))
-    assert torch.allclose(a, b, atol=0.05)
-
-
-def test_bfloat16_autocast_covers_the_network_alone():
-    model = tiny()
-    model.amp_dtype = torch.bfloat16
-    x0, y = pictures(model)
-    loss = model(x0, y)
-    assert loss.dtype == torch.float32
-    loss.mean().backward()
-    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# synthetic sets
+def tiny_flags(shards, out_dir, **changes):
+    settings = dict(dataset=f"{shards}/tiny", out_dir=out_dir, ch=8, ch_mult="1,2", num_res_blocks=1, dropout=0.1)
+    settings |= dict(attn_resolutions="4", timesteps=20, beta_end=0.6, batch_size=8, max_iters=6, warmup_iters=2)
+    settings |= dict(lr=1e-3, min_lr=1e-3, log_interval=1, eval_interval=2, sample_interval=0, device="cpu")
+    return [f"--{k}={v}" for k, v in (settings | changes).items()]
 
 
 def augment_flags(out_dir, folder, **changes):
@@ -1536,9 +191,115 @@ def augment_flags(out_dir, folder, **changes):
     return [f"--{k}={v}" for k, v in (settings | {"device": "cpu"} | changes).items()]
 
 
+def classifier_flags(shards, out_dir, folder, **changes):
+    settings = dict(dataset=f"{shards}/tiny", out_dir=out_dir, synthetic_dir=folder, seeds=2, hidden=16, shift=1)
+    settings |= dict(batch_size=8, max_iters=6, eval_interval=3, warmup_iters=1, device="cpu")
+    return [f"--{k}={v}" for k, v in (settings | changes).items()]
+
+
+def classifier_settings(**changes):
+    settings = dict(hidden=(32,), gray=False, dropout=0.2, hflip=True, shift=1, optimizer="adamw", batch_size=20)
+    settings |= dict(max_iters=30, lr=3e-3, min_lr=0.0, warmup_iters=3, weight_decay=0.01, eval_interval=10)
+    return settings | dict(device="cpu", dtype=torch.float32) | changes
+
+
 def contents(folder):
     """The bytes of a folder's shards by file name."""
     return {p.name: p.read_bytes() for p in sorted(pathlib.Path(folder).glob("*.npy"))}
+
+
+def evaluation(capfd, root, *flags):
+    where = [f"--dataset={root}/real", f"--data_dir={root}/data", f"--out_dir={root}/out", f"--cache_dir={root}/kept"]
+    return cli(capfd, "evaluate.py", *where, "--resize=32", "--device=cpu", *flags)
+
+
+def learn(capfd, tmp_path, *flags):
+    """Runs bench.py --what=learn on random images: what it said, and {side and steps: what it drew}."""
+    rng, names = np.random.default_rng(0), [f"class {k}" for k in range(10)]
+    data.write_shards(f"{tmp_path}/real", rng.integers(256, size=(50, 8, 8, 3)), np.arange(50) % 10, names)
+    flags = (*BENCH, "--what=learn", f"--dataset={tmp_path}/real", f"--learn_dir={tmp_path}/learned", *flags)
+    status, text = cli(capfd, "bench.py", "config/shapes.py", *flags)
+    assert status == 0, text
+    drawn = {}
+    for side in pathlib.Path(tmp_path, "learned").glob("*-steps"):
+        images, labels, found = data.load(str(side))
+        assert images.shape == (10, 8, 8, 3) and labels.tolist() == list(range(10)) and found == names
+        drawn[side.name] = np.array(images)
+    return text, drawn
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# helpers: files of the data sets
+
+
+def write_fashion_mnist(root, n):
+    """n images of each split as the idx files that the real set comes in; returns their pixels."""
+    (raw := root / "FashionMNIST" / "raw").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (n, 28, 28), dtype=np.uint8)
+    for split in ("train", "t10k"):
+        header = b"\0\0\x08\x03" + b"".join(k.to_bytes(4, "big") for k in (n, 28, 28))
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        labels = bytes(k % 10 for k in range(n))
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + n.to_bytes(4, "big") + labels)
+    return pixels
+
+
+def write_flowers102(root, monkeypatch):
+    """Two small jpg images for each of 102 classes and split, and the .mat files that the real set comes with."""
+    from PIL import Image
+    from scipy.io import savemat
+    from torchvision.datasets import Flowers102
+
+    (folder := root / "flowers-102" / "jpg").mkdir(parents=True)
+    rng, ids = np.random.default_rng(0), np.arange(1, 409)
+    for i in ids:
+        pixels = rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"image_{i:05d}.jpg")
+    savemat(folder.parent / "imagelabels.mat", {"labels": (ids - 1) % 102 + 1})
+    first = ids[:204][np.argsort((ids[:204] - 1) % 102, kind="stable")]  # class by class, as in the real set
+    savemat(folder.parent / "setid.mat", {"trnid": first, "valid": first, "tstid": ids[204:]})
+    md5 = lambda name: hashlib.md5((folder.parent / name).read_bytes()).hexdigest()  # noqa: E731
+    files = {key: (name, md5(name)) for key, name in (("label", "imagelabels.mat"), ("setid", "setid.mat"))}
+    monkeypatch.setattr(Flowers102, "_file_dict", Flowers102._file_dict | files)
+
+
+def write_folder(root):
+    """A folder of images of two classes, without a test split."""
+    from PIL import Image
+
+    for name in ("left", "right"):
+        (root / "images" / name).mkdir(parents=True)
+        for i in range(40):
+            pixels = np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "images" / name / f"{i}.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fixtures
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """A data_dir with small sets of every built-in data set's form, and a shard folder of 8x8 images."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    forms = {"cifar10": (32, 3, 10), "fashion_mnist": (28, 1, 10), "flowers102": (64, 3, 102), "shapes": (32, 3, 10)}
+    for name, (size, channels, classes) in (forms | {"tiny": (8, 3, 3)}).items():
+        names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+        names = names[:classes] if classes <= 10 else [str(k) for k in range(classes)]
+        n = 60 if size == 8 else 20
+        for split in ("train", "test"):
+            images = rng.integers(0, 256, (n, size, size, channels), dtype=np.uint8)
+            data.write_shards(f"{root}/{name}/{split}", images, np.arange(n) % classes, names)
+    return str(root)
+
+
+@pytest.fixture(scope="session")
+def trained(shards, tmp_path_factory):
+    """The folder of a tiny model, trained for a few steps by the real script."""
+    out_dir = str(tmp_path_factory.mktemp("run") / "out")
+    flags = tiny_flags(shards, out_dir, sample_interval=6)
+    subprocess.run([sys.executable, f"{HERE}/train.py", *flags], check=True, cwd=shards, capture_output=True)
+    return out_dir
 
 
 @pytest.fixture(scope="session")
@@ -1548,248 +309,37 @@ def synthetic(trained, tmp_path_factory):
     return folder
 
 
-def test_augment_writes_balanced_shards_and_says_how(trained, synthetic):
-    images, labels, names = data.load(synthetic)
-    assert images.shape == (21, 8, 8, 3) and images.dtype == np.uint8 and names == ["airplane", "automobile", "bird"]
-    assert np.bincount(labels).tolist() == [7, 7, 7] and labels[:6].tolist() == [0, 1, 2, 0, 1, 2]
-    assert len(contents(synthetic)) == 2 * 4 and len(np.unique(images, axis=0)) == 21
-    manifest = data.read_json(f"{synthetic}/manifest.json")
-    expected = dict(w=1.0, interval=[0.25, 4.0], sampler="dpm++", steps=3, seed=0, per_class=7, step=6)
-    assert expected.items() <= manifest["settings"].items() and manifest["complete"] and manifest["seconds"] > 0
-    assert manifest["counts"] == {"airplane": 7, "automobile": 7, "bird": 7} and manifest["pictures"] == 21
-    assert manifest["trained_on"]["val_fraction"] == 0.1
-    model = ddpm.model_from_checkpoint(ddpm.load_checkpoint(f"{trained}/ckpt.pt"))
-    how = dict(sampler="dpm++", steps=3, interval=(0.25, 4.0))
-    x, unguided = (to_uint8(model.sample(torch.arange(3), w, 0, [18, 19, 20], **how)).numpy() for w in (1.0, 0.0))
-    assert not np.array_equal(x, unguided)
-    assert np.abs(images[18:].astype(int) - x).max() <= 1  # picture k of the seed
-    from PIL import Image
-
-    assert Image.open(f"{synthetic}/preview.png").height == 3 * 18 + 2  # a row for each class
+@pytest.fixture(scope="session")
+def real_shapes(tmp_path_factory):
+    """A data set of 300 + 300 shapes in a folder, and its first 100 training images as a sample folder."""
+    root = tmp_path_factory.mktemp("shapes")
+    for split, seed in (("train", 0), ("test", 1)):
+        images, labels, names = data.make_shapes(300, seed)
+        data.write_shards(f"{root}/real/{split}", images, labels, names)
+        if split == "train":
+            order = np.argsort(labels, kind="stable").reshape(10, -1)[:, :10].ravel()
+            data.write_shards(f"{root}/copied", images[order], (labels[order] + 3) % 10, [*names[-3:], *names[:-3]])
+    return root
 
 
-def test_augment_goes_on_and_grows_to_the_same_bytes(trained, synthetic, tmp_path, capfd):
-    folder = str(tmp_path / "s")
-    assert cli(capfd, "augment.py", *augment_flags(trained, folder, per_class=3))[0] == 0
-    status, text = cli(capfd, "augment.py", *augment_flags(trained, folder))
-    assert status == 0 and "3 of 4 shards" in text  # the first was whole, the second was cut short
-    assert contents(folder) == contents(synthetic)
-    os.remove(f"{folder}/labels_00002.npy")
-    status, text = cli(capfd, "augment.py", *augment_flags(trained, folder))
-    assert status == 0 and "1 of 4 shards" in text and contents(folder) == contents(synthetic)
-    written = os.stat(f"{folder}/images_00000.npy").st_mtime_ns
-    status, text = cli(capfd, "augment.py", *augment_flags(trained, folder))
-    assert status == 0 and "0 of 4 shards" in text and os.stat(f"{folder}/images_00000.npy").st_mtime_ns == written
+@pytest.fixture(scope="session")
+def random_inception(tmp_path_factory):
+    """A weights file in torch-fidelity's format, of random weights."""
+    from torch_fidelity import feature_extractor_inceptionv3 as theirs
 
-
-def test_augment_refuses_other_settings_and_foreign_shards(trained, synthetic, tmp_path, capfd, monkeypatch):
-    folder = str(tmp_path / "s")
-    shutil.copytree(synthetic, folder)
-
-    def refused(**changes):
-        return one_line(cli(capfd, "augment.py", *augment_flags(trained, folder, **changes)))
-
-    assert "was made with w=1.0, not 1.8: use --overwrite=True" in refused(w=1.8)
-    assert "was made with interval=[0.25, 4.0], not [1, 2]" in refused(interval="1,2")
-    before = contents(folder)
-    for key, value in dict(interval="2,1", sampler="euler", steps=1000, eta=1, variance="beta").items():
-        assert key in refused(overwrite=True, **{key: value}) and contents(folder) == before  # nothing was deleted
-    assert "made with weights=" in refused(ema=False)
-    assert "per_class=7, not 2" in refused(per_class=2)
-    assert "not both" in refused(w=1, guidance_scale=2)
-    assert "must be in (0, 1]" in refused(keep=0) and "must be at least 1" in refused(per_class=0)
-    assert "names a class twice" in refused(classes="bird,bird") and "or none" in refused(classes=",")
-    assert "no classifier" in refused(keep=0.5) and "python classifier.py" in refused(keep=0.5)
-    (tmp_path / "s" / "images_00099.npy").write_bytes((tmp_path / "s" / "images_00000.npy").read_bytes())
-    assert "images_00099.npy is not of this set" in refused()
-    os.remove(f"{folder}/images_00099.npy")
-    path = f"{folder}/images_00001.npy"
-    with open(path, "r+b") as f:
-        f.truncate(300)
-    assert "images_00001.npy was truncated, changed or replaced" in refused()
-    assert cli(capfd, "augment.py", *augment_flags(trained, folder, w=1.8, overwrite=True))[0] == 0
-    assert contents(folder).keys() == contents(synthetic).keys() and contents(folder) != contents(synthetic)
-    data.write_shards(str(tmp_path / "mine"), np.zeros((3, 8, 8, 3)), np.zeros(3), ["a"])
-    folder = str(tmp_path / "mine")
-    assert "holds shards that augment.py did not make" in refused()
-    folder = str(tmp_path / "full")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
-    assert "the disk has 0 MB free" in refused()
-    assert "unknown key 'hidden': it is a key of classifier.py" in one_line(cli(capfd, "augment.py", "--hidden=1"))
-
-
-@pytest.mark.parametrize("change", ({}, {"overwrite": True, "seed": 5}))
-def test_26_augment_cut_off_between_any_two_writes(change, trained, synthetic, tmp_path, capfd, monkeypatch):
-    """Stops before the N-th renaming or removal, for every N: what is there is refused or right; a new start mends."""
-    after = str(tmp_path / "after")
-    assert cli(capfd, "augment.py", *augment_flags(trained, after, **change))[0] == 0
-    before, after, n = contents(synthetic), contents(after), 0
-
-    class CutOff(BaseException):
-        pass
-
-    def counted(function):
-        def wrapped(*args):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise CutOff
-            return function(*args)
-
-        return wrapped
-
-    ended = False
-    while not ended:
-        folder, left = str(tmp_path / str(n)), n
-        shutil.copytree(synthetic, folder) if change else os.makedirs(folder)
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", counted(os.replace))
-            patch.setattr(os, "remove", counted(os.remove))
-            ended = cli(capfd, "augment.py", *augment_flags(trained, folder, **change))[0] == 0
-        try:
-            data.load(folder)
-            assert contents(folder) in (before, after)
-        except data.DataError:
-            assert not ended
-        assert cli(capfd, "augment.py", *augment_flags(trained, folder, **change))[0] == 0
-        data.load(folder)
-        assert contents(folder) == after
-        n += 1
-    assert n > 12
-
-
-@pytest.mark.parametrize("what", ("truncated", "missing", "foreign", "mislabelled", "renamed classes", "cut off"))
-def test_damaged_synthetic_sets_are_one_line_that_names_the_file(what, synthetic, shards, tmp_path, capfd):
-    folder = f"{tmp_path}/s"
-    shutil.copytree(synthetic, folder)
-    path, labels = f"{folder}/images_00001.npy", f"{folder}/labels_00001.npy"
-    if what == "truncated":
-        with open(path, "r+b") as f:
-            f.truncate(os.path.getsize(path) - 1)
-    elif what == "renamed classes":
-        path = f"{folder}/classes.json"
-        data.save_json(path, ["bird", "automobile", "airplane"])
-    elif what == "missing":
-        os.remove(path)
-    elif what == "foreign":
-        path = f"{folder}/images_extra.npy"
-        shutil.copy(f"{folder}/images_00001.npy", path)
-    elif what == "mislabelled":
-        path = labels
-        np.save(labels, np.load(labels)[::-1])
-    else:
-        path, manifest = folder, data.read_json(f"{folder}/manifest.json")
-        data.save_json(f"{folder}/manifest.json", manifest | {"complete": False})
-    flags = [f"--dataset={shards}/tiny", f"--synthetic_dir={folder}", f"--out_dir={tmp_path}", "--device=cpu"]
-    assert path in one_line(cli(capfd, "classifier.py", *flags))
-
-
-def test_two_gloo_processes_write_the_bytes_of_one(trained, synthetic, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    flags = augment_flags(trained, str(tmp_path / "s"))
-    done = subprocess.run([*command, f"{HERE}/augment.py", *flags], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "s") == contents(synthetic)
-    assert data.load(str(tmp_path / "s"))[2] == ["airplane", "automobile", "bird"]
-
-
-def test_augment_of_a_class_subset_and_of_an_unconditional_model(trained, shards, tmp_path, capfd):
-    assert cli(capfd, "augment.py", *augment_flags(trained, f"{tmp_path}/s", classes="bird,airplane"))[0] == 0
-    images, labels, names = data.load(f"{tmp_path}/s")
-    assert np.bincount(labels).tolist() == [7, 0, 7] and names == ["airplane", "automobile", "bird"]
-    flags = tiny_flags(shards, f"{tmp_path}/u", conditional=False, max_iters=1)
-    assert cli(capfd, "train.py", *flags)[0] == 0
-    assert cli(capfd, "augment.py", *augment_flags(f"{tmp_path}/u", ""))[0] == 0
-    images, labels, names = data.load(f"{tmp_path}/u/synthetic")
-    assert images.shape == (7, 8, 8, 3) and labels is None and names == []
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the comparison
-
-
-def classifier_flags(shards, out_dir, folder, **changes):
-    settings = dict(dataset=f"{shards}/tiny", out_dir=out_dir, synthetic_dir=folder, seeds=2, hidden=16, shift=1)
-    settings |= dict(batch_size=8, max_iters=6, eval_interval=3, warmup_iters=1, device="cpu")
-    return [f"--{k}={v}" for k, v in (settings | changes).items()]
-
-
-def test_the_comparison_runs_and_writes_what_it_says(shards, trained, synthetic, tmp_path, capfd):
-    status, text = cli(capfd, "classifier.py", *classifier_flags(shards, str(tmp_path), synthetic))
-    assert status == 0, text
-    found = data.read_json(f"{tmp_path}/classifier.json")
-    assert [(r["arm"], r["seed"]) for r in found["runs"]] == [(a, k) for k in (0, 1) for a in classifier.ARMS]
-    for run in found["runs"]:
-        confusion = np.array(run["confusion"])
-        assert confusion.sum() == 60 and run["test"] == pytest.approx(np.trace(confusion) / 60)
-        assert run["step"] in (3, 6) and run["pictures"] == {"real": 54, "synthetic": 21}.get(run["arm"], 75)
-    assert found["verdict"] in text and "2 seeds" in found["verdict"]
-    assert found["synthetic"]["settings"]["w"] == 1 and "±" in text and "note:" not in text
-    assert text.count("minus real by class") == 3
-    from PIL import Image
-
-    assert Image.open(f"{tmp_path}/confusion.png").width > 4 * 3 * 28
-    # the classifier of the real arm judges pictures for augment.py
-    judge = classifier.load_classifier(f"{tmp_path}/classifier.pt", ["airplane", "automobile", "bird"], (3, 8, 8))
-    assert torch.allclose(judge(torch.rand(5, 3, 8, 8)).sum(1), torch.ones(5), atol=1e-5)
-    with pytest.raises(DDPMError, match="is for"):
-        classifier.load_classifier(f"{tmp_path}/classifier.pt", ["a", "b", "c"], (3, 8, 8))
-    shutil.copy(f"{trained}/ckpt.pt", f"{tmp_path}/ckpt.pt")
-    assert cli(capfd, "augment.py", *augment_flags(str(tmp_path), "", keep=0.5))[0] == 0
-    kept, labels, _ = data.load(f"{tmp_path}/synthetic")
-    assert np.bincount(labels).tolist() == [7, 7, 7]
-    assert data.read_json(f"{tmp_path}/synthetic/manifest.json")["settings"]["keep"] == 0.5
-    assert (
-        cli(capfd, "augment.py", *augment_flags(str(tmp_path), f"{tmp_path}/all", per_class=14, shard_size=12))[0] == 0
-    )
-    drawn, asked, _ = data.load(f"{tmp_path}/all")
-    sure = lambda x, y: judge(to_float(torch.from_numpy(x))).gather(1, torch.from_numpy(y)[:, None])[:, 0]  # noqa: E731
-    trust, total = sure(kept, labels), sure(drawn, asked)
-    for start in range(0, 18, 6):  # of each class in a shard, the two most trusted of four
-        for k in range(3):
-            best = total[2 * start : 2 * start + 12][k::3].topk(2).values.sort().values
-            assert torch.allclose(trust[start : start + 6][k::3].sort().values, best, atol=1e-2)
-
-
-def test_the_table_of_amounts_and_what_it_cannot_do(shards, synthetic, tmp_path, capfd):
-    flags = classifier_flags(shards, str(tmp_path), synthetic, amounts="9,54,60", ratios="0.5,2")
-    status, text = cli(capfd, "classifier.py", *flags)
-    assert status == 0, text
-    runs = data.read_json(f"{tmp_path}/classifier_amounts.json")["runs"]
-    cells = [(r["n_real"], r["n_synthetic"]) for r in runs[::2]]
-    assert cells == [(9, 0), (9, 4), (9, 18), (54, 0)]
-    assert "not run, there are 21 synthetic pictures" in text and text.count("95% interval") == 2
-
-
-def test_errors_of_the_classifier_are_one_line(shards, synthetic, tmp_path, capfd):
-    def run(folder=synthetic, **changes):
-        return one_line(cli(capfd, "classifier.py", *classifier_flags(shards, str(tmp_path), folder, **changes)))
-
-    assert "make them with `python augment.py`" in run(folder=f"{tmp_path}/none")
-    assert "arms: 'fake' is not one of real, real+synthetic" in run(arms="fake")
-    assert "optimizer: 'lion' is not one of sgd, adamw" in run(optimizer="lion")
-    assert "seeds: 0 must be at least 1" in run(seeds=0) and "val_fraction" in run(val_fraction=0.0)
-    assert "names one twice" in run(arms="real,real") and "whole numbers" in run(hidden="0.5")
-    assert "dtype: 'float16' is not one of" in run(dtype="float16") and "leaves none" in run(val_fraction=0.01)
-    assert "100 pictures were asked for, but there are 54" in run(n_real=100)
-    assert "the weights are not finite by update" in run(lr=1e30, arms="real")
-    assert "unknown key 'keep': it is a key of augment.py" in run(keep=1)
-    assert "pictures (8, 8, 3), wanted (32, 32, 3)" in run(
-        dataset=f"{shards}/cifar10", classes="bird", val_fraction=0.5
-    )
-    status, text = cli(capfd, "classifier.py", *classifier_flags(shards, str(tmp_path), "", bench=True))
-    assert status == 0 and "torch.nn, fused optimiser" in text
-    flags = classifier_flags(shards, str(tmp_path), synthetic, val_fraction=0.3, seeds=1)
-    assert "note: the generator" in cli(capfd, "classifier.py", *flags)[1]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# slow proofs
+    path = str(tmp_path_factory.mktemp("inception") / "weights.pth")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(theirs, "load_state_dict_from_url", lambda *a, **k: None)
+        patch.setattr(theirs.FeatureExtractorInceptionV3, "load_state_dict", lambda *a: None)
+        torch.manual_seed(0)
+        net = theirs.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    torch.save(net.state_dict(), path)
+    return path
 
 
 def shape_classifier():
     """A small network that tells the ten real shapes apart, and its accuracy on 2,000 others."""
-    images, labels, _ = data.draw_shapes(12000, seed=5)
+    images, labels, _ = data.make_shapes(12000, seed=5)
     x, y = to_float(torch.from_numpy(images)), torch.from_numpy(labels).long()
     torch.manual_seed(0)
     layers = []
@@ -1819,14 +369,1095 @@ def quick_start(tmp_path_factory):
     return folder, (time.time() - start) / 60
 
 
+def feature_sets(n=90, k=70, d=12):
+    rng = np.random.default_rng(0)
+    X, Y = rng.normal(1, 1, (n, d)), rng.normal(1.1, 1.1, (k, d)) * np.linspace(0.7, 1.2, d)
+    return X.astype(np.float32), Y.astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ddpm.py: schedules and tables
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_ddpm_every_schedule_destroys_the_image(schedule):
+    betas = make_betas(schedule, 1000, 1e-4, 0.02)
+    assert len(betas) == 1000 and (1 - betas).prod() < 1e-2
+    for bad in ((0.0, 0.02), (1e-4, 1.5), (-0.1, 0.1)):
+        if schedule != "cosine" and (schedule, bad[0]) != ("sigmoid", 0.0):
+            with pytest.raises(UserError, match="between 0 and 1"):
+                make_betas("linear" if schedule == "quadratic" else schedule, 10, *bad)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_ddpm_tables_against_plain_python(schedule):
+    T, a, b = 500, 1e-4, 0.028
+    model = tiny(timesteps=T, beta_end=b, schedule=schedule)
+    abar = 1.0
+    for t in range(T):
+        if schedule == "linear":
+            beta = a + (b - a) * t / (T - 1)
+        elif schedule == "quadratic":
+            beta = (a**0.5 + (b**0.5 - a**0.5) * t / (T - 1)) ** 2
+        elif schedule == "sigmoid":
+            beta = a + (b - a) / (1 + math.exp(6 - 12 * t / (T - 1)))
+        else:
+            f = [math.cos((u / T + 0.008) / 1.008 * math.pi / 2) ** 2 for u in (t, t + 1)]
+            beta = min(0.999, 1 - f[1] / f[0])
+        previous, abar = abar, abar * (1 - beta)
+        var = beta * (1 - previous) / (1 - abar)
+        c0, ct = previous**0.5 * beta / (1 - abar), (1 - beta) ** 0.5 * (1 - previous) / (1 - abar)
+        assert posterior_coefficients(model.abar[t], model.abar[t - 1] if t else 1.0) == pytest.approx((c0, ct, var))
+        for name, value in dict(betas=beta, alphas_bar=abar, q_var=1 - abar).items():
+            assert getattr(model, name)[t].item() == pytest.approx(value, rel=1e-6, abs=1e-12), (name, t)
+        assert model.abar[t] == pytest.approx(abar, rel=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ("linear", "quadratic", "sigmoid"))
+@pytest.mark.parametrize("T", (50, 100, 200))
+def test_ddpm_warns_where_signal_remains_and_suggests_a_fix(T, schedule):
+    with pytest.warns(UserWarning, match=r"= 0\.\d\d of the image.*use timesteps=\d+ or beta_end=[\d.]+$") as caught:
+        tiny(timesteps=T, beta_end=0.02, schedule=schedule)
+    text = str(caught[0].message)
+    longer, steeper = re.search(r"use timesteps=(\d+) or beta_end=([\d.]+)", text).groups()
+    if schedule == "linear" and T > 50:
+        assert {100: "= 0.60", 200: "= 0.36"}[T] in text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny(timesteps=int(longer), beta_end=0.02, schedule=schedule)
+        tiny(timesteps=T, beta_end=float(steeper), schedule=schedule)
+        for other in SCHEDULES:
+            tiny(timesteps=500, beta_end=0.028, schedule=other)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_ddpm_posterior_variance_is_finite_and_zero_at_t0(schedule):
+    model = tiny(schedule=schedule)
+    for name, table in model.named_buffers():
+        assert table.isfinite().all(), name
+    abar = [1.0, *model.abar]
+    for t in range(20):
+        c0, ct, var = posterior_coefficients(abar[t + 1], abar[t])
+        assert math.isfinite(c0) and math.isfinite(ct) and (var > 0) == (t > 0)
+    assert posterior_coefficients(abar[1], 1.0) == (1, 0, 0)  # the last step gives x0_hat
+
+
+def test_ddpm_posterior_variance_is_an_explicit_choice(double):
+    model = tiny()
+    abar = torch.tensor(model.abar)
+    beta = model.betas[1:]
+    _, _, var = posterior_coefficients(abar[1:], abar[:-1])
+    assert torch.allclose(var, 1 / ((1 - beta) / beta + 1 / (1 - abar[:-1])), rtol=1e-12)
+    y = torch.tensor([0])
+    assert not torch.equal(model.sample(y, variance="posterior"), model.sample(y, variance="beta"))
+    with pytest.raises(UserError, match="variance"):
+        model.sample(y, variance="learned")
+
+
+def test_ddpm_mean_from_eps_equals_mean_from_x0(double):
+    model = tiny()
+    xt, eps, t = torch.randn(20, *model.shape), torch.randn(20, *model.shape), torch.arange(20)
+    x0_hat, _ = model.to_x0_eps(eps, xt, t)
+    beta, abar = (table[:, None, None, None] for table in (model.betas, model.alphas_bar))
+    from_eps = (xt - beta / (1 - abar).sqrt() * eps) / (1 - beta).sqrt()
+    c0, ct, _ = posterior_coefficients(abar, torch.cat([torch.ones_like(abar[:1]), abar[:-1]]))
+    assert torch.allclose(c0 * x0_hat + ct * xt, from_eps, rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ddpm.py: network
+
+
+def test_ddpm_network_initially_outputs_zero():
+    model = DDPM(DDPMConfig(**TINY))
+    x = torch.randn(2, *model.shape)
+    assert not model.net(x, torch.tensor([0, 9]), torch.tensor([0, 1])).any()
+    x = torch.randn(2, 16, 4, 4)
+    assert torch.equal(ddpm.Attention(16)(x), x)
+    assert torch.equal(model.net.mid2(x, torch.randn(2, 32)), x)
+    assert (
+        not DDPM(DDPMConfig(**TINY, arch="cnn"))
+        .net(torch.randn(1, 3, 8, 8), torch.tensor([0]), torch.tensor([0]))
+        .any()
+    )
+
+
+def test_ddpm_fused_layers_equal_the_plain_ones():
+    torch.manual_seed(0)
+    x, emb = torch.randn(3, 8, 6, 5), torch.randn(3, 12)
+    film, up = ddpm.FiLM(8, 12), ddpm.Upsample(8)
+    nn.init.normal_(film.norm.weight), nn.init.normal_(film.norm.bias)
+    scale, shift = film.affine(emb)[:, :, None, None].chunk(2, dim=1)
+    assert torch.allclose(film(x, emb), film.norm(x) * (1 + scale) + shift, atol=1e-5)
+    plain = F.conv2d(F.interpolate(x, scale_factor=2), up.weight, up.bias, padding=1)
+    assert up(x).shape == (3, 8, 12, 10) and torch.allclose(up(x), plain, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), up.weight)[0] for out in (up(x), plain))
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3)
+    attention = ddpm.Attention(8)
+    nn.init.normal_(attention.proj.weight)
+    qkv = attention.qkv(attention.norm(x)).reshape(3, 3, 8, 30).transpose(-1, -2)[:, None]
+    h = F.scaled_dot_product_attention(*qkv.unbind(2)).transpose(-1, -2).reshape(x.shape)
+    assert torch.allclose(attention(x), x + attention.proj(h), atol=1e-5)
+
+
+def test_ddpm_dropout_keeps_its_share_and_the_mean():
+    torch.manual_seed(0)
+    for p in (0.1, 0.5, 0.9):
+        layer, x = ddpm.Dropout(p), torch.ones(1001, 999, requires_grad=True)
+        out = layer(x)
+        kept = out != 0
+        assert abs(kept.double().mean() - (1 - p)) < 4 * (p * (1 - p) / x.numel()) ** 0.5 + 2**-16
+        assert torch.allclose(out[kept], torch.tensor(1 / (1 - p)), rtol=1e-3)
+        for shift in (1, 2, 4):  # neighbours, which share 64 random bits, are independent
+            together = (kept.flatten()[shift:] & kept.flatten()[:-shift]).double().mean()
+            assert abs(together - (1 - p) ** 2) < 5e-3 * (1 - p) ** 0.5
+        assert torch.equal(torch.autograd.grad(out.sum(), x)[0], out.detach())
+        assert not torch.equal(layer(x), out) and layer.eval()(x) is x
+
+
+def test_ddpm_image_sizes_and_batch_independence():
+    with pytest.raises(UserError, match=r"image_size: 30 is not divisible by 8.*use 24"):
+        DDPMConfig(**(TINY | dict(image_size=30, ch_mult=(1, 1, 1, 1))))
+    for size in (28, 32):
+        for arch in ddpm.ARCHS:
+            model = tiny(image_size=size, ch_mult=(1, 2), arch=arch).eval()
+            x, t, y = torch.randn(3, *model.shape), torch.tensor([0, 5, 19]), torch.tensor([0, 1, 2])
+            out = model.network(x, t, y)
+            assert out.shape == x.shape
+            for i in range(3):
+                assert torch.allclose(out[i], model.network(x[i : i + 1], t[i : i + 1], y[i : i + 1])[0], atol=1e-5)
+    with pytest.raises(UserError, match="this model takes"):
+        model(torch.zeros(1, 3, 30, 30), torch.tensor([0]))
+
+
+def test_ddpm_any_width_has_groups_that_divide_it():
+    for ch in (2, 6, 8, 10, 48, 100, 128, 320):
+        norm = ddpm.group_norm(ch)
+        assert ch % norm.num_groups == 0 and norm.num_groups <= 32
+    model = tiny(ch=8)
+    x0, y = random_batch(model)
+    assert model(x0, y).isfinite().all()
+
+
+@pytest.mark.parametrize("T", (500, 1000))
+def test_ddpm_embeddings_of_all_t_differ(T):
+    distance = torch.cdist(
+        ddpm.sinusoidal_embedding(torch.arange(T), 128), ddpm.sinusoidal_embedding(torch.arange(T), 128)
+    )
+    assert (distance + 10 * torch.eye(T)).min() > 1e-3
+
+
+def test_ddpm_patch_unconditional_and_depths():
+    for changes in (dict(patch=2), dict(num_classes=0), dict(ch_mult=(1,)), dict(num_res_blocks=2), dict(channels=1)):
+        model = tiny(**changes)
+        x0, y = random_batch(model)
+        y = y if model.K else None
+        model(x0, y).mean().backward()
+        # the null label's row is trained by dropped labels; everything else must get a gradient
+        assert all(p.grad is not None for p in model.parameters())
+        assert model.sample(y, indices=range(4), steps=2).shape == x0.shape
+    with pytest.raises(UserError, match="this model has 0 classes"):
+        tiny(num_classes=0).sample(torch.tensor([0]))
+
+
+def test_ddpm_autocast_covers_only_the_network():
+    model = tiny()
+    model.amp_dtype = torch.bfloat16
+    x0, y = random_batch(model)
+    loss = model(x0, y)
+    assert loss.dtype == torch.float32
+    loss.mean().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ddpm.py: images, noise and loss
+
+
+def test_ddpm_uint8_round_trip():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).repeat(1, 1, 1, 3)
+    assert torch.equal(to_uint8(to_float(levels)), levels)
+    assert to_float(levels).min() == -1 and to_float(levels).max() == 1
+    assert to_uint8(torch.tensor([-9.0, -1.004, 1.004, 9.0]).view(1, 1, 4, 1)).flatten().tolist() == [0, 0, 255, 255]
+
+
+def test_ddpm_noise_is_normal_and_one_image_each():
+    model = tiny()
+    _, eps = model.random_t_eps(4000)
+    assert abs(eps.mean()) < 0.01 and abs(eps.var() - 1) < 0.01 and abs((eps**4).mean() - 3) < 0.1  # uniform: 1.8
+    assert not torch.equal(eps[0], eps[1])
+    x = ddpm.image_noise([ddpm.make_generator(0, k) for k in range(2000)], model.shape).flatten(1)
+    assert abs(x.mean()) < 0.01 and abs(x.var() - 1) < 0.01
+    neighbours = (x[1:] * x[:-1]).mean(1)
+    assert neighbours.abs().max() < 6 / math.sqrt(x.shape[1]) and abs(neighbours.mean()) < 0.01
+
+
+def test_ddpm_q_sample_has_the_closed_form_moments():
+    model = tiny()
+    x0, t = torch.full((5000, *model.shape), 0.7), torch.full((5000,), 9)
+    xt = model.q_sample(x0, t, torch.randn_like(x0))
+    abar = model.alphas_bar[9]
+    assert abs(xt.mean() - abar.sqrt() * 0.7) < 0.01 and abs(xt.var() / (1 - abar) - 1) < 0.02
+
+
+def test_ddpm_loss_is_a_mean():
+    model = DDPM(DDPMConfig(**TINY))
+    x0 = torch.zeros(64, *model.shape)
+    y, t = torch.zeros(64, dtype=torch.long), torch.arange(64) % 20
+    eps = torch.randn(64, *model.shape)
+    loss = model(x0, y, t, eps)
+    assert loss.shape == (64,) and abs(loss.mean() - 1) < 0.05
+    twice = model(*(v.repeat(2, *[1] * (v.ndim - 1)) for v in (x0, y, t, eps)))
+    assert torch.allclose(twice.mean(), loss.mean())
+
+
+@pytest.mark.parametrize("kind,function", (("l2", lambda d: d**2), ("l1", abs), ("huber", None)))
+def test_ddpm_loss_kinds(kind, function):
+    function = function or (lambda d: torch.where(d.abs() < 1, d**2 / 2, d.abs() - 0.5))
+    model = tiny(loss=kind)
+    model.net = Net(lambda x, t, y: 0.5 * x)
+    x0, y = random_batch(model)
+    t, eps = model.random_t_eps(4)
+    wanted = function(0.5 * model.q_sample(x0, t, eps) - eps).mean((1, 2, 3))
+    assert torch.allclose(model(x0, y, t, eps), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ddpm.OBJECTIVES)
+def test_ddpm_weightings_and_objectives(double, objective):
+    """The same error in x0 costs the same under vlb, whatever the objective: it is one bound."""
+    reference, model = tiny(weighting="vlb"), tiny(weighting="vlb", objective=objective)
+    t = torch.arange(20)
+    x0, eps, error = (torch.randn(20, *model.shape) for _ in range(3))
+    xt = model.q_sample(x0, t, eps)
+    abar = model.alphas_bar[t][:, None, None, None]
+    believed = x0 + error  # and the eps that belongs to it
+    out = model.target(believed, (xt - abar.sqrt() * believed) / (1 - abar).sqrt(), t)
+    model.net = Net(lambda x, t, y: out)
+    beta = reference.betas
+    eps_error = (abar / (1 - abar)) * error**2
+    wanted = beta / (2 * (1 - beta) * (1 - reference.alphas_bar)) * eps_error.mean((1, 2, 3))  # [Ho] eq. 12
+    assert torch.allclose(model(x0, t % 3, t, eps), wanted, rtol=1e-9)
+    assert torch.allclose(model.to_x0_eps(out, xt, t)[0], believed, atol=1e-9)
+    snr = reference.alphas_bar / (1 - reference.alphas_bar)
+    closed = {"eps": snr.clamp(max=5) / snr, "x0": snr.clamp(max=5), "v": snr.clamp(max=5) / (snr + 1)}[objective]
+    assert torch.allclose(tiny(weighting="min_snr", objective=objective).loss_weight, closed, rtol=1e-9)
+    assert (tiny(objective=objective).loss_weight == 1).all()
+
+
+def test_ddpm_loss_is_against_the_noise():
+    model = tiny()
+    x0, y = random_batch(model)
+    t, eps = model.random_t_eps(4)
+    model.net = Net(lambda x, t, y: eps)
+    assert model(x0, y, t, eps).abs().max() < 1e-12
+
+
+def test_ddpm_inputs_are_not_modified():
+    model = tiny()
+    x0, y = random_batch(model)
+    t, eps = model.random_t_eps(4)
+    before = [v.clone() for v in (x0, y, t, eps)]
+    model(x0, y, t, eps).mean().backward()
+    with torch.no_grad():
+        model.predict(eps, t, y, 1.8)
+        model.drop_labels(y), model.q_sample(x0, t, eps), to_uint8(x0)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x0, y, t, eps)))
+
+
+def test_ddpm_label_dropout_is_one_coin_per_image():
+    model, y, n = tiny(p_uncond=0.1), torch.zeros(40000, dtype=torch.long), 40000
+    dropped = model.drop_labels(y, torch.rand(n, generator=torch.Generator().manual_seed(0))) == 3
+    assert abs(dropped.sum().item() - 0.1 * n) < 4 * math.sqrt(n * 0.1 * 0.9)
+    assert not y.any()  # the caller's labels stay
+    batches = dropped.view(-1, 200).sum(1)
+    assert batches.min() > 0 and batches.max() < 200 and len(batches.unique()) > 5
+    assert not (tiny(p_uncond=0.0).drop_labels(y) == 3).any() and (tiny(p_uncond=1.0).drop_labels(y) == 3).all()
+
+
+def test_ddpm_labels_are_0_to_K_minus_1_and_the_null_label_is_K():
+    model = tiny().eval()
+    assert model.net.condition.label.num_embeddings == 4
+    x, t = torch.randn(1, *model.shape), torch.tensor([5])
+    outs = [model.network(x, t, torch.tensor([k])) for k in range(4)]
+    assert all(not torch.equal(outs[a], outs[b]) for a in range(4) for b in range(a))
+    assert torch.equal(model.network(x, t, None), outs[3])
+    for label in (-1, 3):
+        with pytest.raises(UserError, match="this model has 3 classes"):
+            model.sample(torch.tensor([label]))
+
+
+def test_ddpm_nothing_is_dropped_while_sampling_or_validating():
+    model = tiny(dropout=0.5, p_uncond=0.9)
+    seen, inner = [], model.net
+    model.net = Net(lambda x, t, y: seen.append(y) or inner(x, t, y))
+    model.net.inner = inner  # so that it is switched to eval mode
+    y = torch.tensor([0, 1, 2])
+    model.train()
+    a, b = (model.sample(y, sampler="ddim", steps=4) for _ in range(2))
+    assert torch.equal(a, b) and all(torch.equal(s, y) for s in seen) and model.training
+    with ddpm.evaluating(model):
+        x0, t, eps = torch.zeros(3, *model.shape), torch.tensor([1, 2, 3]), torch.ones(3, *model.shape)
+        assert torch.equal(model(x0, y, t, eps), model(x0, y, t, eps))
+    assert model.training
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ddpm.py: guidance and samplers
+
+
+@pytest.mark.parametrize("B", (1, 2, 3))
+def test_ddpm_guidance_convention(double, B):
+    model = tiny().eval()
+    inner = model.net
+    model.net = Net(lambda x, t, y: inner(x, t, y))
+    xt, t, y = torch.randn(B, *model.shape), torch.full((B,), 7), torch.arange(B) % 3
+    conditional, null = model.network(xt, t, y), model.network(xt, t, torch.full_like(y, 3))
+    model.net.calls = 0
+    assert torch.equal(model.guided(xt, t, y, 0.0), conditional) and model.net.calls == 1
+    assert torch.equal(model.guided(xt, t, y, -1.0), null) and model.net.calls == 2
+    for w in (0.5, 1.8, 6.0):  # one pass of 2B equals two passes, linear in w
+        model.net.calls = 0
+        assert torch.allclose(model.guided(xt, t, y, w), (1 + w) * conditional - w * null, atol=1e-12)
+        assert model.net.calls == 1
+
+
+@pytest.mark.parametrize("objective", ddpm.OBJECTIVES)
+def test_ddpm_eps_hat_belongs_to_the_clipped_x0_hat(double, objective):
+    model = tiny(objective=objective)
+    xt, t = 3 * torch.randn(20, *model.shape), torch.arange(20)
+    for clip in (True, False):
+        x0_hat, eps_hat = model.predict(xt, t, t % 3, 1.8, clip)
+        abar = model.alphas_bar[t][:, None, None, None]
+        assert torch.allclose(abar.sqrt() * x0_hat + (1 - abar).sqrt() * eps_hat, xt, atol=1e-10)
+        assert not clip or x0_hat.abs().max() <= 1
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_ddpm_clipping_keeps_the_chain_bounded(schedule):
+    model = tiny(schedule=schedule, timesteps=1000, beta_end=0.02)
+    generator = torch.Generator().manual_seed(0)
+    model.net = Net(lambda x, t, y: torch.randn(x.shape, generator=generator))
+    hats = []
+    x = model.sample(torch.tensor([0, 1]), on_step=lambda i, xt, x0_hat: hats.append((xt, x0_hat)))
+    assert len(hats) == 1000 and x.isfinite().all()
+    for xt, x0_hat in hats:
+        assert x0_hat.abs().max() <= 1 and xt.isfinite().all() and xt.abs().max() < 10
+
+
+def test_ddpm_every_t_is_trained_and_visited():
+    model = tiny()
+    t, _ = model.random_t_eps(2000)
+    assert sorted(t.unique().tolist()) == list(range(20))
+    model.net = Net(lambda x, t, y: 0 * x)
+    model.sample(torch.tensor([0]))
+    assert model.net.seen == list(range(19, -1, -1))
+    abar = torch.cumprod(1 - make_betas("linear", 1000, 1e-4, 0.02), 0)
+    assert abs(abar[0] - 0.9999) < 1e-12 and abs(abar[999] / 4.0358e-5 - 1) < 1e-4
+
+
+def test_ddpm_steps_fall_from_T_minus_1_to_0():
+    for schedule in SCHEDULES:
+        model = tiny(schedule=schedule, timesteps=500, beta_end=0.028)
+        for steps in (1, 2, 3, 10, 50, 250, 499, 500):
+            ts = model.sampler_timesteps(steps)
+            assert len(ts) == steps and ts[0] == 499 and all(a > b for a, b in zip(ts, ts[1:]))
+            last = model.abar[ts[-1]]
+            assert steps == 1 or 0 <= ts[-1] < 12 and (1 - last) / last <= 0.03**2 * 1.2
+        assert model.sampler_timesteps(500) == model.sampler_timesteps(None) == list(range(499, -1, -1))
+        for steps in (0, 501):
+            with pytest.raises(UserError, match="steps: .* must be in"):
+                model.sampler_timesteps(steps)
+
+
+def test_ddpm_steps_are_even_in_the_seventh_root_of_sigma():
+    model = tiny(schedule="linear", timesteps=5000, beta_end=0.0028)  # fine enough for the formula to be seen
+    sigma = np.array([(1 / model.abar[t] - 1) ** 0.5 for t in model.sampler_timesteps(8)])
+    assert np.ptp(np.diff(sigma ** (1 / 7))) < 0.02 and abs(sigma[-1] - 0.03) < 0.002
+    model = tiny(schedule="cosine", timesteps=5000)  # its last sigma, 1e5, is far above 80
+    sigma = np.array([(1 / model.abar[t] - 1) ** 0.5 for t in model.sampler_timesteps(8)])
+    assert np.ptp(np.diff(np.r_[80, sigma[1:]] ** (1 / 7))) < 0.02
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sampler,eta", SAMPLERS)
+@pytest.mark.parametrize("steps", (1, 2, 7, None))
+def test_ddpm_oracle_of_one_image_gives_it_back(sampler, eta, steps, schedule):
+    model = tiny(schedule=schedule)
+    point = torch.rand(1, *model.shape) * 2 - 1
+
+    def oracle(x, t, y):
+        abar = model.alphas_bar[t][:, None, None, None]
+        return (x - abar.sqrt() * point) / (1 - abar).sqrt()
+
+    model.net = Net(oracle)
+    x = model.sample(torch.tensor([0, 1]), sampler=sampler, steps=steps, eta=eta)
+    assert torch.allclose(x, point.expand_as(x), atol=2e-3)
+
+
+@pytest.mark.parametrize("sampler,eta", SAMPLERS)
+def test_ddpm_oracle_of_gaussian_data_gives_its_mean_and_variance(double, sampler, eta):
+    model = tiny(timesteps=1000, beta_end=0.02, objective="x0")  # many steps: their error in the variance is O(1/steps)
+    mu, var = 0.3, 0.04
+
+    def oracle(x, t, y):
+        abar = model.alphas_bar[t][:, None, None, None]
+        return (mu / var + abar.sqrt() * x / (1 - abar)) / (1 / var + abar / (1 - abar))
+
+    model.net = Net(oracle)
+    y = torch.zeros(128, dtype=torch.long)
+    steps = 25 if sampler == "dpm++" else None
+    x = model.sample(y, sampler=sampler, eta=eta, steps=steps, clip_x0=False)
+    assert abs(x.mean() - mu) < 4 * math.sqrt(var / x.numel()) + 0.002
+    assert abs(x.var() / var - 1) < 0.06
+
+
+def test_ddpm_ancestral_sampler_agrees_with_numpy_step_by_step(double):
+    """Algorithm 2 of Ho et al., written again from the paper in NumPy float64."""
+    T, betas, model = 20, np.linspace(1e-4, 0.6, 20), tiny()
+    model.net = Net(lambda x, t, y: 0.4 * torch.sin(3 * x) + 0.02 * t[:, None, None, None])
+    steps = []
+    y = torch.tensor([0, 1])
+    model.sample(y, seed=3, clip_x0=False, on_step=lambda i, xt, x0: steps.append(xt.numpy()))
+    noise = functools.partial(ddpm.image_noise, [ddpm.make_generator(3, k) for k in range(2)], model.shape)
+    x, alphas, abar = noise().numpy(), 1 - betas, np.cumprod(1 - betas)
+    for t in range(T - 1, -1, -1):
+        eps = 0.4 * np.sin(3 * x) + 0.02 * t
+        mean = (x - betas[t] / np.sqrt(1 - abar[t]) * eps) / np.sqrt(alphas[t])
+        sigma = np.sqrt(betas[t] * (1 - abar[t - 1]) / (1 - abar[t])) if t else 0.0
+        x = mean + sigma * noise().numpy() if t else mean
+        np.testing.assert_allclose(steps[T - 1 - t], x, rtol=1e-9, atol=1e-9)
+
+
+def test_ddpm_ddim_with_eta_1_is_ddpm(double):
+    model, y = tiny(), torch.tensor([0, 1])
+    assert torch.allclose(model.sample(y, sampler="ddim", eta=1.0), model.sample(y), atol=1e-9)
+
+
+def test_ddpm_reverse_noise_is_scaled_by_the_standard_deviation():
+    model = tiny()
+    model.net = Net(lambda x, t, y: 0 * x)
+    seen = {}
+    y = torch.zeros(400, dtype=torch.long)
+    model.sample(y, steps=None, on_step=lambda i, xt, x0: seen.setdefault(i, (xt, x0)))
+    x_start = ddpm.image_noise([ddpm.make_generator(0, k) for k in range(400)], model.shape)
+    c0, ct, var = posterior_coefficients(model.abar[19], model.abar[18])
+    residual = seen[0][0] - c0 * seen[0][1] - ct * x_start
+    assert abs(residual.var() / var - 1) < 0.02
+
+
+def test_ddpm_last_step_draws_no_noise(monkeypatch):
+    model = tiny(timesteps=1, beta_start=0.995, beta_end=0.995)
+    model.net = Net(lambda x, t, y: 0 * x)
+    drawn, original = [], ddpm.image_noise
+    monkeypatch.setattr(ddpm, "image_noise", lambda *args: drawn.append(1) or original(*args))
+    model.sample(torch.tensor([0]))
+    assert len(drawn) == 1  # only the starting noise
+
+
+def test_ddpm_interval_guides_only_between_its_ends():
+    model, y, calls = tiny(timesteps=50, beta_end=0.28), torch.tensor([0, 1]), []
+    model.net = Net(lambda x, t, y: calls.append((t[0].item(), len(t))) or 0.1 * x + 0.05 * y[:, None, None, None])
+
+    def draw(**how):
+        calls.clear()
+        return model.sample(y, sampler="dpm++", steps=20, **how)
+
+    always, never = draw(w=2.0), draw(w=0.0)
+    assert torch.equal(draw(w=2.0, interval=(0, 1e9)), always) and torch.equal(draw(w=2.0, interval=(1e8, 1e9)), never)
+    some = draw(w=2.0, interval=(0.3, 3))
+    assert not torch.equal(some, always) and not torch.equal(some, never)
+    assert [n for _, n in calls] == [4 if 0.3 <= (1 / model.abar[t] - 1) ** 0.5 <= 3 else 2 for t, _ in calls]
+    assert 0 < sum(n == 4 for _, n in calls) < 20
+    unconditional = draw(w=-1.0)
+    assert torch.equal(draw(w=-1.0, interval=(0.3, 3)), unconditional) and not torch.equal(unconditional, never)
+    for wrong in ((1,), (3, 1), (-1, 2), ("a", "b")):
+        with pytest.raises(UserError, match="interval"):
+            draw(w=2.0, interval=wrong)
+
+
+def test_ddpm_sample_returns_one_type_for_all_arguments():
+    model = tiny()
+    for sampler in ddpm.SAMPLERS:
+        for w in (-1, 0, 1.8):
+            x = model.sample(torch.tensor([0, 2]), w=w, sampler=sampler, steps=3)
+            assert type(x) is torch.Tensor and x.shape == (2, *model.shape)
+
+
+def test_ddpm_images_do_not_depend_on_batch_size_or_order():
+    model = tiny()
+    y = torch.arange(64) % 3  # one batch of 64, and the same in pieces
+    for sampler, eta in (("ddpm", 0.0), ("ddim", 1.0), ("dpm++", 0.0)):
+        draw = lambda k: model.sample(y[k], 1.8, 5, k, sampler, 4, eta)  # noqa: E731
+        whole = draw(list(range(64)))
+        for size in (1, 7):
+            parts = torch.cat([draw(list(range(s, min(s + size, 64)))) for s in range(0, 64, size)])
+            assert torch.allclose(parts, whole, atol=1e-3)
+        order = torch.randperm(64)
+        assert torch.allclose(draw(order.tolist()), whole[order], atol=1e-3)
+    assert not torch.equal(model.sample(y[:1], seed=1), model.sample(y[:1], seed=2))
+
+
+def test_ddpm_compiled_network_sees_one_batch_shape():
+    model, shapes = tiny(), []
+    y = torch.arange(7) % 3
+    eager = torch.cat(list(model.sample_batches(y, range(7), 3, steps=2, w=1.0)))
+
+    def backend(graph, inputs):
+        shapes.append([v.shape for v in inputs if v.ndim == 4 and v.shape[1:] == model.shape])
+        return graph.forward
+
+    model.net.compile(backend=backend, dynamic=False)
+    compiled = torch.cat(list(model.sample_batches(y, range(7), 3, steps=2, w=1.0)))
+    assert shapes == [[(6, *model.shape)]] and compiled.shape == eager.shape
+    assert (compiled.int() - eager.int()).abs().max() <= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ddpm.py: averaged weights and checkpoints
+
+
+def test_ddpm_ema():
+    net = nn.Linear(2, 1)
+    ema = EMA(net, 0.9999)
+    start = net.weight.detach().clone()
+    for _ in range(50):
+        ema.update()
+    assert torch.allclose(ema.shadow["weight"], start)  # constant weights are a fixed point
+    torch.manual_seed(0)
+    ema, wanted = EMA(net, 0.5), net.weight.detach().clone()
+    for k in range(30):
+        with torch.no_grad():
+            net.weight.normal_()
+        ema.update()
+        d = min(0.5, (1 + k) / (10 + k))
+        wanted = d * wanted + (1 - d) * net.weight.detach()
+    assert torch.allclose(ema.shadow["weight"], wanted, atol=1e-6)
+    again = EMA(nn.Linear(2, 1), 0.5)
+    again.load_state_dict(ema.state_dict())
+    assert again.updates == 30 and torch.equal(again.shadow["weight"], ema.shadow["weight"])
+    raw = net.weight.detach().clone()
+    with ema.applied():
+        assert torch.equal(net.weight, ema.shadow["weight"])
+    assert torch.equal(net.weight, raw)
+    # warm-up: the initial weights' share after 10,000 updates at 0.9999
+    share = math.prod(min(0.9999, (1 + k) / (10 + k)) for k in range(10_000))
+    assert share < 1e-6
+    assert {n for n, _ in tiny().named_parameters()} == set(EMA(tiny()).shadow)  # and not the schedule
+
+
+def test_ddpm_checkpoint_keys_are_the_plain_modules_and_ema_samples_differ(tmp_path):
+    model = tiny()
+    names = set(model.state_dict())
+    model.net.compile(backend="eager")
+    assert set(model.state_dict()) == names and not any("_orig_mod" in n for n in names)
+    ema = EMA(model, 0.5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    y = torch.tensor([0])
+    raw = model.sample(y, steps=3)
+    with ema.applied():  # in place: the compiled network sees the averages
+        averaged = model.sample(y, steps=3)
+    assert not torch.equal(raw, averaged)
+    path = str(tmp_path / "ckpt.pt")
+    write_checkpoint(path, model, ema=ema.state_dict())
+    assert torch.allclose(ddpm.load_model(path)[0].sample(y, steps=3), averaged, atol=1e-5)
+    assert torch.allclose(ddpm.load_model(path, ema=False)[0].sample(y, steps=3), raw, atol=1e-5)
+
+
+def test_ddpm_a_damaged_checkpoint_is_one_line(tmp_path):
+    path = str(tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="train one with `python train.py`"):
+        ddpm.load_checkpoint(path)
+    write_checkpoint(path, tiny())
+    model, info = ddpm.load_model(path)
+    assert info["step"] == 5 and info["path"] == path and info["description"] == f"{path}, step 5, averaged weights"
+    assert not model.training and same(model.state_dict(), tiny().state_dict())
+    with open(path, "r+b") as f:
+        f.truncate(1000)
+    with pytest.raises(UserError, match="ckpt.pt is damaged"):
+        ddpm.load_model(path)
+
+
+def test_ddpm_kill_9_while_saving_leaves_a_whole_file(tmp_path):
+    code = (
+        "import torch, ddpm\nprint('ready', flush=True)\nfor step in range(10**6):\n"
+        "    big = {'w': torch.full((300_000,), float(step))}\n"
+        "    content = dict(model_args={}, ema={'shadow': big}, step=step)\n"
+        "    with ddpm.atomic_write('ckpt.pt') as f: torch.save(content, f)\n"
+    )
+    for seed in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": HERE}
+        )
+        process.stdout.readline()
+        time.sleep(0.3 + random.Random(seed).random())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        loaded = ddpm.load_checkpoint(str(tmp_path / "ckpt.pt"))
+        assert (loaded["ema"]["shadow"]["w"] == loaded["step"]).all() and loaded["step"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py
+
+
+def test_data_shards_round_trip_and_their_faults(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (25, 8, 8, 3), dtype=np.uint8)
+    labels = np.arange(25) % 3
+    folder = str(tmp_path / "s")
+    data.write_shards(folder, images, labels, ["a", "b", "c"], shard_size=10)
+    got = data.load(folder)
+    assert np.array_equal(got[0], images) and np.array_equal(got[1], labels) and got[2] == ["a", "b", "c"]
+    got = data.load(folder, classes="c,a")
+    assert got[2] == ["c", "a"] and np.array_equal(got[0], images[labels != 1])
+    assert np.array_equal(got[1], np.where(labels[labels != 1] == 2, 0, 1))
+    with pytest.raises(UserError, match="did you mean"):
+        data.load(folder, classes="aa,b")
+    odd = str(tmp_path / "my_images_[1]")  # a name that looks like a file's or a pattern
+    data.write_shards(odd, images, labels, ["a", "b", "c, d"])
+    assert np.array_equal(data.load(odd)[1], labels)
+    assert np.array_equal(data.load(odd, classes=["c, d", "a"])[1], got[1])
+    with pytest.raises(UserError, match="at most 256 classes"):
+        data.write_shards(odd, images, labels + 300, [])
+    np.save(f"{folder}/labels_00001.npy", np.full(10, 7, dtype=np.uint8))
+    with pytest.raises(UserError, match="label 7"):
+        data.load(folder)
+    os.remove(f"{folder}/labels_00001.npy")
+    with pytest.raises(UserError, match="3 files of images, but 2"):
+        data.load(folder)
+    with open(f"{folder}/images_00002.npy", "r+b") as f:
+        f.truncate(150)
+    with pytest.raises(UserError, match="images_00002.npy is damaged"):
+        data.load(folder)
+
+
+def test_data_batches_are_a_function_of_seed_and_step():
+    images = np.arange(20, dtype=np.uint8).reshape(20, 1, 1, 1).repeat(4, 1).repeat(4, 2)
+    make = lambda seed: data.Batches(images, np.arange(20), 8, seed)  # noqa: E731
+    a, b, other = make(1), make(1), make(2)
+    forward = [a(s) for s in range(10)]
+    backward = [b(s) for s in reversed(range(10))][::-1]
+    assert all(torch.equal(p[0], q[0]) and torch.equal(p[1], q[1]) for p, q in zip(forward, backward))
+    assert not torch.equal(torch.cat([other(s)[1] for s in range(10)]), torch.cat([y for _, y in forward]))
+    seen = torch.cat([y for _, y in forward])[:80].view(4, 20)  # four epochs of 20, each with every image once
+    assert all(sorted(epoch.tolist()) == list(range(20)) for epoch in seen) and not torch.equal(seen[0], seen[1])
+    x, y = a(3)
+    assert torch.equal(to_uint8(x)[:, 0, 0, 0].long(), y)  # images keep their labels
+    halves = [a(3, slice(k, k + 4)) for k in (0, 4)]
+    assert torch.equal(torch.cat([h[0] for h in halves]), x)
+
+
+def test_data_shifts_move_an_image_and_repeat_its_border():
+    image = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    wide = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="edge")
+    moved = {(dy, dx): wide[dy : dy + 8, dx : dx + 8] for dy in range(5) for dx in range(5)}
+    for hflip in (False, True):
+        batches, seen = data.Batches(image[None], None, 400, seed=0, hflip=hflip, shift=2), set()
+        for x in to_uint8(batches(0)[0]).numpy():
+            ways = {(key, f) for key, m in moved.items() for f in (0, 1) if np.array_equal(x, m[:, :: 1 - 2 * f])}
+            assert len(ways) == 1
+            seen |= ways
+        assert len(seen) == 25 * (1 + hflip)  # every shift in -2..2 along both axes, mirrored or not
+
+
+def test_data_flips_and_crops():
+    ramp = np.tile(np.arange(32, dtype=np.uint8) * 8, (32, 1))[None, :, :, None].repeat(400, 0)
+    x, _ = data.Batches(ramp, None, 400, 0)(0)
+    flipped = (x[:, 0, 0, 0] > x[:, 0, 0, -1]).float().mean()
+    assert 0.4 < flipped < 0.6
+    assert not (data.Batches(ramp, None, 400, 0, hflip=False)(0)[0][:, 0, 0, 0] > 0).any()
+    x, _ = data.Batches(ramp, None, 400, 0, hflip=False, crop=0.5)(0)
+    span = (x[:, 0, 0, -1] - x[:, 0, 0, 0]) * 127.5 / 8 + 1  # in pixels of the source
+    assert x.shape == (400, 1, 32, 32) and 15 < span.min() < 20 and 29 < span.max() < 33
+    assert x.min() >= -1 and x.max() <= 1
+
+
+def test_data_shapes_are_ten_balanced_seeded_classes():
+    images, labels, names = data.make_shapes(500, 3)
+    again, _, _ = data.make_shapes(500, 3)
+    assert images.dtype == np.uint8 and images.shape == (500, 32, 32, 3) and len(names) == 10
+    assert np.array_equal(images, again) and (np.bincount(labels) == 50).all()
+    assert len(np.unique(images.reshape(500, -1), axis=0)) == 500
+    means = np.stack([images[labels == k].mean((0, 3)) for k in range(10)])  # the classes differ in form
+    assert min(np.abs(means[a] - means[b]).max() for a in range(10) for b in range(a)) > 10
+
+
+def test_data_folder_of_images_with_and_without_classes(tmp_path):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for name in ("x", "y"):
+        (tmp_path / "p" / name).mkdir(parents=True)
+        for i in range(5):
+            size = (20 + 4 * i, 24, 3)
+            Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(tmp_path / "p" / name / f"{i}.png")
+    images, labels, names = data.load(str(tmp_path / "p"), data_dir=str(tmp_path / "kept"), image_size=16)
+    assert images.shape == (10, 16, 16, 3) and names == ["x", "y"] and np.bincount(labels).tolist() == [5, 5]
+    again = data.load(str(tmp_path / "p"), data_dir=str(tmp_path / "kept"), image_size=16)[0]
+    assert isinstance(again, np.memmap) and np.array_equal(again, images)
+    images, labels, names = data.load(str(tmp_path / "p" / "x"), data_dir=str(tmp_path / "kept"), image_size=16)
+    assert len(images) == 5 and labels is None and names == []
+    assert data.load(str(tmp_path / "p"), "test", str(tmp_path / "kept"))[0] is None
+    (tmp_path / "p" / "x" / "bad.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="bad.png is not a readable image"):
+        data.load(str(tmp_path / "p"), data_dir=str(tmp_path / "kept"), image_size=16)
+
+
+def test_data_cifar10_download_is_checked_and_then_not_needed(tmp_path, monkeypatch):
+    """A small archive in CIFAR-10's own format, fetched by torchvision from a server of this test."""
+    import torchvision
+
+    kind, rng, source = torchvision.datasets.CIFAR10, np.random.default_rng(0), tmp_path / "cifar-10-batches-py"
+    source.mkdir()
+    pixels = rng.integers(0, 256, (10, 3072), dtype=np.uint8)
+    batch = {"data": pixels, "labels": list(range(10))}
+    for name, content in (("b", batch), ("t", batch), ("batches.meta", {"label_names": list("abcdefghij")})):
+        (source / name).write_bytes(pickle.dumps(content))
+    md5 = lambda path: hashlib.md5(path.read_bytes()).hexdigest()  # noqa: E731
+    with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as archive:
+        archive.add(source, source.name)
+    monkeypatch.setattr(kind, "train_list", [["b", md5(source / "b")]])
+    monkeypatch.setattr(kind, "test_list", [["t", md5(source / "t")]])
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": md5(source / "batches.meta")}
+    monkeypatch.setattr(kind, "meta", meta)
+    monkeypatch.setattr(kind, "filename", "c.tar.gz")
+    monkeypatch.setattr(kind, "tgz_md5", "0" * 32)
+    serve = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(kind, "url", f"http://127.0.0.1:{server.server_port}/c.tar.gz")
+    where = str(tmp_path / "data")
+    with pytest.raises(UserError, match="download failed.*By hand.*config/shapes.py"):  # a wrong checksum
+        data.load("cifar10", data_dir=where)
+    monkeypatch.setattr(kind, "tgz_md5", md5(tmp_path / "c.tar.gz"))
+    images, labels, names = data.load("cifar10", data_dir=where)
+    assert np.array_equal(images, pixels.reshape(10, 3, 32, 32).transpose(0, 2, 3, 1)) and names == list("abcdefghij")
+    server.shutdown()  # kept as shards: no second download
+    assert np.array_equal(data.load("cifar10", "test", where)[1], np.arange(10))
+
+
+def test_data_failed_download_says_what_to_do(tmp_path, capfd, monkeypatch):
+    import torchvision
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "file:///nowhere.tar.gz")
+    line = one_line(cli(capfd, "train.py", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/out", "--device=cpu"))
+    assert "download failed" in line and "cs.toronto.edu" in line and "config/shapes.py" in line
+
+
+def test_data_fashion_mnist_in_its_own_format(tmp_path):
+    pixels = write_fashion_mnist(tmp_path, 6)
+    images, labels, names = data.load("fashion_mnist", data_dir=str(tmp_path))
+    assert np.array_equal(images[..., 0], pixels) and labels.tolist() == list(range(6)) and names[0] == "T-shirt/top"
+    with pytest.raises(UserError, match="28x28, not 32"):
+        data.load("fashion_mnist", data_dir=str(tmp_path), image_size=32)
+
+
 @pytest.mark.slow
-def test_the_quick_start_draws_what_was_asked_for(quick_start):
-    """At least 95% of 500 pictures are of the class asked for; an untrained net scores 10%."""
+@pytest.mark.parametrize("which", ("fashion_mnist", "fashion_mnist, unconditional", "flowers102", "folder"))
+def test_data_every_set_goes_through_all_scripts(capfd, tmp_path, monkeypatch, which):
+    """From the files that the real sets come in, by their configs: train, sample, evaluate, plot."""
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    name, _, unconditional = which.partition(", ")
+    dataset = f"{tmp_path}/images" if name == "folder" else name
+    {"fashion_mnist": lambda: write_fashion_mnist(tmp_path / "data", 100),
+     "flowers102": lambda: write_flowers102(tmp_path / "data", monkeypatch),
+     "folder": lambda: write_folder(tmp_path)}[name]()  # fmt: skip
+    of, size = [f"--dataset={dataset}"], 16 if name == "folder" else 64 if name == "flowers102" else 28
+    train = [*of, f"--image_size={size}", "--ch=8", "--ch_mult=1,2", "--attn_resolutions=4", "--max_iters=2"]
+    train += ["--out_dir=out-x", "--batch_size=8", "--timesteps=10", "--eval_interval=2", "--sample_interval=2"]
+    train += ["--eval_images=8", "--use_compile=False", "--conditional=False"][: 3 if unconditional else 2]
+    for script, *flags in (
+        ("train.py", f"config/{name}.py", *train),
+        ("sample.py", "--out_dir=out-x", "--steps=2", "--num_samples=2"),
+        (
+            "augment.py",
+            "--out_dir=out-x",
+            "--steps=2",
+            f"--per_class={40 if unconditional else 20 if name == 'folder' else 4}",
+        ),
+        ("evaluate.py", *of, f"--image_size={size}", "--out_dir=out-x", "--n=40", "--resize=32"),
+        ("plot.py", "loss", "--out_dir=out-x"),
+        ("plot.py", "data", *of, f"--image_size={size}", "--out_dir=out-x"),
+        ("plot.py", "forward", *of, f"--image_size={size}", "--out_dir=out-x"),
+    ):
+        status, text = cli(capfd, script, *flags)
+        assert status == 0, text
+    if name == "flowers102":
+        images, labels, _ = data.load(name)
+        order = data.shuffled([k + 102 * i + 1 for k in range(102) for i in range(2)])  # ids of the training images
+        assert labels.tolist() == [(k - 1) % 102 for k in order]
+        with Image.open(f"data/flowers-102/jpg/image_{order[5]:05d}.jpg") as image:
+            assert np.array_equal(images[5], data.resize_and_crop(image, 64))
+    made = set(os.listdir("out-x"))
+    assert {"ckpt.pt", "sample.png", "evaluate.json", "plot_loss.png", "plot_data.png"} <= made
+    assert ("evaluate_nearest.png" in made) == (name != "folder")  # no image of it is held out of training
+    scores = data.read_json("out-x/evaluate.json")["scores"]
+    assert scores["samples"]["n"] == 40 and scores["samples"]["kd"] > 0
+    assert any("the other half" in title for title in scores) == (name == "folder")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# configurator.py
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_configurator_help_lists_every_key_with_its_comment(script, capfd):
+    status, text = cli(capfd, script, "--help")
+    assert status == 0 and "--key=value" in text
+    lines = [line.strip() for line in text.split("keys (--key=value):")[1].splitlines()]
+    with open(f"{HERE}/{script}") as f:
+        block = re.split("^# -{100,}$", f.read(), flags=re.M)[1]
+    keys = re.findall(r"^(\w+) = .+?(?:  # (.*))?$", block, flags=re.M)
+    assert len(keys) >= 10
+    if script in ("train.py", "sample.py", "augment.py", "classifier.py"):
+        for key in ("out_dir=", "seed=", "device='auto'"):
+            assert key in text
+        assert "cuda, mps, cpu" in text
+    for key, comment in keys:
+        assert any(line.startswith(f"{key}=") and line.endswith(comment) for line in lines), key
+
+
+def test_configurator_checks_settings(shards, trained, tmp_path, capfd):
+    config = tmp_path / "c.py"
+    config.write_text("lr = 1\nbatch_sise = 4\n")
+    assert "c.py:2: unknown key 'batch_sise': did you mean 'batch_size'?" in one_line(
+        cli(capfd, "train.py", str(config))
+    )
+    config.write_text("import math\nlr = 'fast'\n")
+    assert "c.py:2: lr='fast' is not of type float" in one_line(cli(capfd, "train.py", str(config)))
+    config.write_text("lr = 1 / 0\n")
+    assert "ZeroDivisionError" in one_line(cli(capfd, "train.py", str(config)))
+    assert "no config file 'config/nothing.py'" in one_line(cli(capfd, "train.py", "config/nothing.py"))
+    line = one_line(cli(capfd, "train.py", "--sampler=ddim"))
+    assert "flag: unknown key 'sampler': it is a key of augment.py, sample.py" in line
+    assert "it is a key of train.py" in one_line(cli(capfd, "sample.py", "--p_uncond=1"))
+    assert "did you mean 'max_iters'" in one_line(cli(capfd, "train.py", "--max_iter=5"))
+    assert "is not of type int" in one_line(cli(capfd, "train.py", "--batch_size=2.5"))
+    assert "is not of type bool" in one_line(cli(capfd, "train.py", "--hflip=1"))
+    assert "is not of type tuple" in one_line(cli(capfd, "train.py", "--ch_mult=a,b"))
+    assert "write it as --lr=value" in one_line(cli(capfd, "train.py", "--lr"))
+    assert "unknown key 'os'" in one_line(cli(capfd, "train.py", "--os=1"))
+    config.write_text("max_iters = 1e0\nlr = 1\nch_mult = [1, 2]\n")  # a float that is whole, an int, a list
+    flags = [f for f in tiny_flags(shards, f"{tmp_path}/out=1") if f.split("=")[0] not in ("--max_iters", "--lr")]
+    flags = [f for f in flags if not f.startswith("--ch_mult")]
+    assert cli(capfd, "train.py", str(config), *flags, "--batch_size=8e0")[0] == 0  # and a value with a "=" in it
+    saved = ddpm.load_checkpoint(f"{tmp_path}/out=1/ckpt.pt")
+    assert saved["config"]["ch_mult"] == (1, 2) and saved["model_args"]["ch_mult"] == (1, 2)
+    assert saved["config"]["lr"] == 1.0 and type(saved["config"]["max_iters"]) is int
+
+
+def test_configurator_a_real_command_line_works_from_any_folder(tmp_path):
+    run = lambda *args: subprocess.run(  # noqa: E731
+        [sys.executable, f"{HERE}/train.py", *args], cwd=tmp_path, capture_output=True, text=True
+    )
+    done = run("--learning_rate=1")
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.strip().splitlines()) == 1
+    assert "unknown key 'learning_rate'" in done.stderr
+    done = run("config/shapes.py", "--dataset=nowhere")  # the config file beside the script is found
+    assert done.returncode == 2 and "dataset 'nowhere' is neither a data set nor a folder" in done.stderr
+
+
+def test_configurator_auto_compiles_where_the_gpu_can(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    for capability, triton, compiles in (((9, 0), 1, True), ((6, 1), 1, False), ((9, 0), None, False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(configurator, "find_spec", lambda _: triton)
+        assert configurator.setup_device("cuda") == ("cuda", torch.bfloat16, compiles)
+        assert configurator.setup_device("cuda", use_compile=not compiles)[2] is not compiles
+
+
+def test_configurator_out_of_memory_is_one_line_and_a_bug_keeps_its_traceback(capfd):
+    with pytest.raises(SystemExit) as caught:
+        configurator.print_user_error(torch.OutOfMemoryError, torch.OutOfMemoryError("CUDA out of memory"), None)
+    assert caught.value.code == 2 and "lower batch_size" in capfd.readouterr().err
+    configurator.print_user_error(ValueError, ValueError("a bug"), None)
+    assert "ValueError: a bug" in capfd.readouterr().err
+
+
+def test_configurator_imports_only_what_every_run_needs():
+    """Half of the seconds to a first step are imports: those that only some runs need are made when they are needed."""
+    code = (
+        "import sys, data, configurator; print(*{'torchvision', 'PIL', 'matplotlib', 'torch._dynamo'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HERE)
+    assert done.stdout.strip() == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py
+
+
+def test_train_a_resumed_run_equals_an_uninterrupted_one(shards, tmp_path, capfd):
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    assert cli(capfd, "train.py", *tiny_flags(shards, whole, grad_accum=2))[0] == 0
+    assert cli(capfd, "train.py", *tiny_flags(shards, parts, grad_accum=2, max_iters=4))[0] == 0
+    status, text = cli(capfd, "train.py", f"--out_dir={parts}", "--init_from=resume", "--max_iters=6")
+    assert status == 0 and "max_iters changes from 4 to 6" in text
+    a, b = (ddpm.load_checkpoint(f"{d}/ckpt.pt") for d in (whole, parts))
+    for key in ("model", "ema", "optimizer", "scaler", "step"):
+        assert same(a[key], b[key]), key
+    assert a["history"]["val_loss"] == b["history"]["val_loss"] and len(a["history"]["val_loss"]) == 3
+    assert a["history"]["train_loss"] == b["history"]["train_loss"]
+
+
+def test_train_sigterm_saves_and_the_run_continues(shards, tmp_path, capfd):
+    flags = tiny_flags(shards, str(tmp_path / "out"), max_iters=100_000, eval_interval=50_000)
+    process = subprocess.Popen([sys.executable, f"{HERE}/train.py", *flags], stdout=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith("step       5"):
+        pass
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    stopped_at = ddpm.load_checkpoint(str(tmp_path / "out" / "ckpt.pt"))["step"]
+    assert process.returncode == 0 and f"stopped by a signal at step {stopped_at}" in out and stopped_at >= 5
+    status, text = cli(
+        capfd, "train.py", f"--out_dir={tmp_path}/out", "--init_from=resume", f"--max_iters={stopped_at + 2}"
+    )
+    assert status == 0 and f"steps {stopped_at} to {stopped_at + 2}" in text
+
+
+def test_train_two_gloo_processes_equal_one(shards, tmp_path, capfd):
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert cli(capfd, "train.py", *tiny_flags(shards, one, dropout=0.0, sample_interval=6))[0] == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    flags = tiny_flags(shards, two, dropout=0.0, sample_interval=6)
+    done = subprocess.run([*command, f"{HERE}/train.py", *flags], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    a, b = (ddpm.load_checkpoint(f"{d}/ckpt.pt") for d in (one, two))
+    for key in ("model", "ema"):
+        x, y = (c[key] if key == "model" else c[key]["shadow"] for c in (a, b))
+        assert x.keys() == y.keys() and all(torch.allclose(x[k], y[k], atol=2e-5) for k in x)
+    for key in ("train_loss", "val_loss", "log_loss", "train_quarters"):
+        np.testing.assert_allclose(a["history"][key], b["history"][key], rtol=1e-3)
+    assert os.path.exists(f"{two}/samples_000006.png")
+
+
+def test_train_a_step_reads_nothing_back_from_the_device(shards, tmp_path, capfd):
+    reads = []
+    for n in (3, 9):
+        flags = dict(max_iters=n, log_interval=100, eval_interval=100, crop=0.9)
+        with HostReads() as mode:
+            assert cli(capfd, "train.py", *tiny_flags(shards, str(tmp_path / str(n)), **flags))[0] == 0
+        reads.append(mode.count)
+    assert reads[0] == reads[1] > 0  # the first step, the last and the evaluation report; those between do not
+
+
+def test_train_learning_rate_and_number_of_steps(shards, tmp_path, capfd):
+    flags = tiny_flags(shards, str(tmp_path), max_iters=12, warmup_iters=3, lr=0.8, min_lr=0.1, eval_interval=100)
+    assert cli(capfd, "train.py", *flags, "--grad_clip=0.001")[0] == 0
+    with open(tmp_path / "log.json") as f:
+        log = json.load(f)
+    assert log["log_step"] == list(range(1, 13)) and log["step"] == [12]
+    assert log["lr"][:4] == pytest.approx([0.2, 0.4, 0.6, 0.8]) and log["lr"][-1] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(log["lr"][3:], log["lr"][4:]))
+    assert {"train_loss", "val_loss", "test_loss", "epochs"} <= log.keys() and log["test_loss"] > 0
+    assert log["epochs"] == [pytest.approx(12 * 8 / 54)]
+
+
+def test_train_epochs_give_the_length(shards, tmp_path, capfd):
+    status, text = cli(capfd, "train.py", *tiny_flags(shards, str(tmp_path)), "--epochs=1")
+    assert status == 0 and "steps 0 to 7" in text  # 54 images in batches of 8, whatever max_iters says
+    resume = [f"--out_dir={tmp_path}", "--init_from=resume"]
+    status, text = cli(capfd, "train.py", *resume, "--max_iters=9")
+    assert status == 0 and "steps 7 to 9" in text  # a resumed run may be given another length
+
+
+@pytest.mark.parametrize("name", sorted(n for n in os.listdir(f"{HERE}/config") if n.endswith(".py")))
+def test_train_every_config_runs(name, shards, tmp_path, capfd):
+    small = dict(
+        max_iters=2, batch_size=2, ch=8, timesteps=20, beta_end=0.6, eval_interval=2, eval_images=4, val_fraction=0.5
+    )
+    flags = [f"--{k}={v}" for k, v in small.items()] + [f"--out_dir={tmp_path}/out", f"--data_dir={shards}"]
+    flags += [f"--dataset={shards}/cifar10"] if name == "folder.py" else []
+    assert cli(capfd, "train.py", f"config/{name}", *flags, "--sample_interval=0", "--device=cpu")[0] == 0
+    assert len(json.load(open(tmp_path / "out" / "log.json"))["val_loss"]) == 1
+    if name == "cats_frogs.py":
+        flags += ["--classes=cat", "--conditional=False", "--sample_interval=2"]
+        assert cli(capfd, "train.py", f"config/{name}", *flags, "--device=cpu")[0] == 0
+        assert ddpm.load_checkpoint(f"{tmp_path}/out/ckpt.pt")["model_args"]["num_classes"] == 0
+        assert cli(capfd, "sample.py", f"--out_dir={tmp_path}/out", "--steps=2", "--num_samples=3")[0] == 0
+
+
+def test_train_default_recipe_has_its_size_and_takes_steps(shards, tmp_path, capfd):
+    flags = [f"--data_dir={shards}", f"--out_dir={tmp_path}", "--max_iters=2", "--batch_size=2", "--device=cpu"]
+    status, text = cli(capfd, "train.py", "config/cifar_linear.py", *flags, "--eval_images=2", "--sample_interval=0")
+    assert status == 0
+    assert 35 < float(text.split("M weights")[0].split()[-1]) < 40
+    defaults = dict(line.split("=", 1) for line in help_lines(capfd, "train.py"))
+    with open(f"{HERE}/config/cifar_linear.py") as f:
+        scope = {}
+        exec(f.read(), scope)
+    assert all(repr(v) == defaults[k] for k, v in scope.items() if not k.startswith("_"))
+
+
+def test_train_from_scratch_keeps_the_checkpoint_that_it_finds(shards, tmp_path, capfd):
+    def train(**changes):
+        changes = dict(max_iters=2, eval_interval=1) | changes
+        status, text = cli(capfd, "train.py", *tiny_flags(shards, str(tmp_path), **changes))
+        assert status == 0
+        return "of an earlier run is now" in text
+
+    assert not train() and not train(init_from="resume", max_iters=3)
+    first = (tmp_path / "ckpt.pt").read_bytes()
+    os.utime(tmp_path / "ckpt.pt", (1e9, 1e9))
+    assert train(seed=1) and ddpm.load_checkpoint(f"{tmp_path}/ckpt.pt")["step"] == 2
+    assert train(seed=2)  # each earlier run has a file of its own
+    kept = sorted(tmp_path.glob("ckpt_*.pt"))
+    assert len(kept) == 2 and kept[0].read_bytes() == first
+
+
+def test_train_warns_of_classes_only_in_the_validation_split(tmp_path, capfd):
+    images, labels = np.zeros((30, 8, 8, 3), np.uint8), np.repeat([0, 1, 2], [14, 14, 2])
+    data.write_shards(f"{tmp_path}/tiny", images, labels, ["a", "b", "c"])
+    flags = tiny_flags(tmp_path, f"{tmp_path}/out", max_iters=1, eval_interval=1)
+    status, text = cli(capfd, "train.py", *flags)
+    assert status == 0 and "warning: c: only in the validation split" in text
+    assert "warning" not in cli(capfd, "train.py", *flags, "--val_fraction=0.05")[1]
+
+
+@pytest.mark.parametrize(
+    "flags,said",
+    (
+        ("--init_from=resume", "no checkpoint"),
+        ("--init_from=resume", "python train.py"),
+        ("--init_from=gpt2", "not one of scratch, resume"),
+        ("--grad_accum=3", "not divisible by 1 processes x grad_accum 3"),
+        ("--schedule=bad", "schedule: 'bad' is not one of linear"),
+        ("--beta_end=1.5", "between 0 and 1"),
+        ("--ch_mult=1,1,1,1,1", "is not divisible by 16"),
+        ("--dataset=cifar", "did you mean 'cifar10'?"),
+        ("--classes=birb", "unknown class 'birb': did you mean 'bird'?"),
+        ("--val_fraction=1.0", "val_fraction: 1.0 must be in [0, 1)"),
+        ("--device=cuda:99", "device: 'cuda:99' is not available"),
+        ("--crop=0", "crop: 0.0 must be in (0, 1]"),
+        ("--grad_clip=-1", "grad_clip: -1.0 must be in [0, inf)"),
+        ("--sample_interval=-1", "sample_interval: -1 must be in [0, inf)"),
+        ("--log_interval=0", "log_interval: 0 must be in [1, inf)"),
+        ("--max_iters=0", "max_iters: 0 must be in [1, inf)"),
+        ("--lr=-1e-3", "lr: -0.001 must be in (0, inf)"),
+        ("--ema_decay=1.5", "ema_decay: 1.5 must be in [0, 1)"),
+        ("--lr=1e18 --min_lr=1e18 --max_iters=60 --eval_interval=2", "lower lr"),
+        ("--lr=1e18 --min_lr=1e18 --max_iters=60 --eval_interval=2", "last checkpoint: step"),
+        ("--init_from=resume --out_dir=TRAINED --ch=16", "ch: checkpoint 8, flag 16"),
+        ("--init_from=resume --out_dir=TRAINED --val_fraction=0.2", "not the checkpoint's validation images"),
+    ),
+)
+def test_train_user_errors(flags, said, shards, trained, tmp_path, capfd):
+    base = [] if "TRAINED" in flags else tiny_flags(shards, str(tmp_path / "out"))
+    assert said in one_line(cli(capfd, "train.py", *base, *flags.replace("TRAINED", trained).split()))
+
+
+@pytest.mark.slow
+def test_train_the_quick_start_samples_what_was_asked_for(quick_start):
+    """At least 95% of 500 images are of the class asked for; an untrained net scores 10%."""
     folder, minutes = quick_start
     net, real = shape_classifier()
     y = torch.arange(500) % 10
     scores = {}
-    model = ddpm.model_from_checkpoint(ddpm.load_checkpoint(f"{folder}/out-shapes/ckpt.pt"))
+    model = ddpm.load_model(f"{folder}/out-shapes/ckpt.pt")[0]
     for w in (0.0, 1.8):
         x = torch.cat([model.sample(y[s], w, 0, s.tolist(), "dpm++", 25) for s in torch.arange(500).split(100)])
         scores[w] = (net(x).argmax(1) == y).float().mean().item()
@@ -1841,404 +1472,599 @@ def test_the_quick_start_draws_what_was_asked_for(quick_start):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# metrics: distances between sets of features
+# sample.py
 
 
-def feature_sets(n=90, k=70, d=12):
-    rng = np.random.default_rng(0)
-    X, Y = rng.normal(1, 1, (n, d)), rng.normal(1.1, 1.1, (k, d)) * np.linspace(0.7, 1.2, d)
-    return X.astype(np.float32), Y.astype(np.float32)
+def test_sample_writes_what_it_says(trained, capfd):
+    from PIL import Image
+
+    def image(name):
+        return np.asarray(Image.open(f"{trained}/{name}").convert("RGB")).astype(int)
+
+    def sample(*args):
+        status, text = cli(capfd, "sample.py", f"--out_dir={trained}", "--steps=4", *args)
+        assert status == 0, text
+        return text
+
+    assert "w=1.8 (guidance_scale=2.8)" in sample()
+    default = image("sample.png")
+    assert "w=1.8" in sample("--guidance_scale=2.8", "--batch_size=7")
+    assert np.abs(image("sample.png") - default).max() <= 2
+    sample("--batch_size=1")
+    assert np.abs(image("sample.png") - default).max() <= 2
+    assert np.abs(image("noise.png") - default).max() > 50
+    sample("--seed=18")
+    assert np.abs(image("sample.png") - default).max() > 50
+    sample("--classes=bird,bird,0", "--num_samples=2", "--gif=True", "--ema=False")
+    assert Image.open(f"{trained}/denoising.gif").n_frames == 4
+    height = lambda rows: rows * 18 + 2  # noqa: E731
+    assert image("sample.png").shape[0] == height(3)
+    for rows, n in (("w=-1,0,2,6", 4), ("ema=True,False", 2), ("steps=2,3", 2), ("sampler=ddpm,ddim,dpm++", 3)):
+        sample(f"--rows={rows}")
+        assert image("compare.png").shape[0] == height(n)
 
 
-@pytest.mark.parametrize("block", (7, 1000))
-def test_moments_and_frechet_distance_of_known_gaussians(monkeypatch, block):
-    monkeypatch.setattr(evaluate, "BLOCK", block)
-    X, Y = feature_sets()
-    X = X + 100  # far from zero: nothing may cancel
-    mean, cov = evaluate.moments(X)
-    assert np.allclose(mean, X.astype(np.float64).mean(0), atol=1e-10)
-    assert np.allclose(cov, np.cov(X.astype(np.float64), rowvar=False), atol=1e-9)
-    p, q = evaluate.moments(X), evaluate.moments(Y)
-    assert abs(evaluate.frechet_distance(p, p)) < 1e-9
-    assert evaluate.frechet_distance(p, q) == pytest.approx(evaluate.frechet_distance(q, p), rel=1e-9)
-    mu, sigma = np.array([1.0, 2, 3]), np.diag([1.0, 4, 9])
-    one, two, point = (mu, sigma), (mu + 2, 4 * sigma), (mu, 0 * sigma)
-    assert evaluate.frechet_distance(one, two) == pytest.approx(3 * 4 + 14, rel=1e-12)  # |dmu|^2 + sum (2s - s)^2
-    assert evaluate.frechet_distance(point, one) == pytest.approx(14, rel=1e-12)
-    few = evaluate.moments(X[:4])  # of less than full rank
-    assert abs(evaluate.frechet_distance(few, few)) < 1e-6
+def test_sample_compares_two_keys_from_the_same_noise(trained, capfd):
+    from PIL import Image
+
+    def compare(*flags):
+        assert cli(capfd, "sample.py", f"--out_dir={trained}", "--steps=4", "--num_samples=2", *flags)[0] == 0
+        return np.asarray(Image.open(f"{trained}/compare.png")).astype(int)
+
+    size, top, gap, columns = 18, 18, 8, 6  # of a tile with its margin; the column titles; between columns; 3 classes
+    grid = compare("--rows=seed=3,4,3", "--columns=ema=True,True,False", "--w=1")
+    left = grid.shape[1] - 3 * columns * size - 2 * gap - 2
+
+    def cell(i, j):
+        x = left + j * (columns * size + gap)
+        return grid[top + 2 + i * size : top + (i + 1) * size, x + 2 : x + columns * size]
+
+    assert grid.shape[0] == top + 3 * size + 2 and cell(0, 0).shape == cell(2, 2).shape
+    assert np.array_equal(cell(0, 0), cell(2, 0)) and np.array_equal(cell(0, 0), cell(0, 1))  # equal settings
+    assert not np.array_equal(cell(0, 0), cell(1, 0)) and not np.array_equal(cell(0, 0), cell(0, 2))
+    alone = compare("--columns=ema=False", "--seed=3", "--w=1")  # one cell by itself is the same
+    assert np.array_equal(alone[top + 2 : top + size, 2 : columns * size], cell(0, 2))
 
 
-def test_distances_equal_torch_fidelitys(monkeypatch):
-    from torch_fidelity import metric_fid, metric_kid, metric_prc
-
-    monkeypatch.setattr(evaluate, "BLOCK", 32)
-    X, Y = feature_sets()
-    theirs = metric_fid.fid_statistics_to_metric(
-        *(metric_fid.fid_features_to_statistics(torch.from_numpy(Z)) for Z in (X, Y)), False
-    )["frechet_inception_distance"]
-    assert evaluate.frechet_distance(evaluate.moments(X), evaluate.moments(Y)) == pytest.approx(theirs, rel=1e-3)
-    how = dict(kid_subsets=1, kid_subset_size=70, verbose=False)
-    theirs = metric_kid.kid_features_to_metric(torch.from_numpy(X[:70]), torch.from_numpy(Y), **how)
-    mine = evaluate.kernel_distance(X[:70], Y)
-    assert mine == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
-    assert evaluate.kernel_distance(Y, X[:70]) == pytest.approx(mine, rel=1e-9)
-    theirs = metric_prc.prc_features_to_metric(torch.from_numpy(X), torch.from_numpy(Y), verbose=False)
-    one, two = evaluate.Statistics(X), evaluate.Statistics(Y)
-    mine = evaluate.scores(one, two)
-    assert mine["precision"] == pytest.approx(theirs["precision"], abs=1e-6)
-    assert mine["recall"] == pytest.approx(theirs["recall"], abs=1e-6) and 0 < mine["recall"] < 1
-    back = evaluate.scores(two, one)
-    assert (back["precision"], back["recall"]) == (mine["recall"], mine["precision"])
+def test_sample_uses_pretrained_weights_without_a_checkpoint(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, text = cli(capfd, "sample.py", "--steps=2", "--num_samples=1", "--device=cpu")
+    assert status == 0 and "out holds no checkpoint, using the pretrained weights " in text
+    assert os.path.exists("out/sample.png")
+    for name in os.listdir(f"{HERE}/weights"):
+        assert os.path.getsize(f"{HERE}/weights/{name}") <= 8e6
+    trained_on = ddpm.load_checkpoint(f"{HERE}/weights/cifar_small.pt")["trained_on"]
+    assert trained_on["dataset"] == "cifar10" and len(trained_on["validation"]) == 64
+    assert "holds only averaged weights" in one_line(cli(capfd, "sample.py", "--ema=False"))
 
 
-def test_kernel_distance_is_unbiased_and_its_error_is_right():
-    rng, values, errors = np.random.default_rng(0), [], []
-    for _ in range(60):
-        X, Y = (rng.normal(0, 1, (100, 4)).astype(np.float32) for _ in range(2))
-        value, error = evaluate.kernel_distance_in_parts(X, Y, parts=5)
-        values.append(value)
-        errors.append(error)
-    assert min(values) < 0 < max(values) and abs(np.mean(values)) < 4 * np.std(values) / 60**0.5
-    assert 0.6 < np.mean(errors) / np.std(values) < 1.6
+@pytest.mark.parametrize(
+    "flags,said",
+    (
+        ("--w=1 --guidance_scale=2", "not both"),
+        ("--w=nan", "w='nan' is not of type float"),
+        ("--w=1e999", "w: inf must be in (-inf, inf)"),
+        ("--classes=birt", "unknown class 'birt': did you mean 'bird'?"),
+        ("--sampler=euler", "sampler: 'euler' is not one of"),
+        ("--steps=21", "steps: 21 must be in [1, 20]"),
+        ("--eta=1", "eta=1 is for ddim"),
+        ("--variance=beta", "variance=beta for ddpm"),
+        ("--sampler=ddim --eta=1.5", "eta: 1.5 must be in [0, 1]"),
+        ("--interval=3,1", "interval: (3, 1) must be low,high"),
+        ("--device=cuda:x", "'cuda:x' is not available"),
+        ("--num_samples=-1", "num_samples: -1 must be in"),
+        ("--rows=lr=1,2", "rows=KEY=VALUE,VALUE: 'lr' is not one of w, guidance_scale"),
+        ("--rows=steps=3,x", "rows: 'x' is not of type int, which steps is"),
+        ("--rows=steps=2,21", "steps: 21 must be in [1, 20]"),
+        ("--rows=w=0,1 --gif=True", "gif: not with rows= or columns="),
+        ("--out_dir=none", "no checkpoint"),
+        ("--HERE=x", "unknown key 'HERE'"),
+    ),
+)
+def test_sample_user_errors(flags, said, trained, capfd, monkeypatch):
+    monkeypatch.setattr(DDPM, "sample", lambda *a, **k: 1 / 0)  # all is checked before anything is sampled
+    assert said in one_line(cli(capfd, "sample.py", f"--out_dir={trained}", *flags.split()))
 
 
-def test_nearest_neighbours(monkeypatch):
-    monkeypatch.setattr(evaluate, "BLOCK", 16)
-    X, Y = feature_sets()
-    distances, places = evaluate.nearest(X, Y, 3)
-    table = np.linalg.norm(X[:, None] - Y[None], axis=-1)
-    assert np.array_equal(places.numpy(), np.argsort(table, axis=1)[:, :3])
-    assert np.allclose(distances.numpy(), np.sort(table, axis=1)[:, :3], atol=1e-4)
-    spread = np.full((20, 12), 1e3, dtype=np.float32)
-    ball = evaluate.radii(Y)
-    assert np.allclose(ball, np.sort(np.linalg.norm(Y[:, None] - Y[None], axis=-1), axis=1)[:, 3], atol=1e-3)
-    assert evaluate.covered(spread, Y, ball) == 0 and evaluate.covered(Y, Y, ball) == 1
-
-
-def test_error_of_the_memorised_share_knows_of_hubs():
-    """Over random halves of one pool, with samples that crowd around a few of its pictures."""
-    rng, shares, errors = np.random.default_rng(0), [], []
-    pool = rng.normal(size=(100, 6)).astype(np.float32)
-    X = (pool[:8].repeat(50, axis=0) + 0.1 * rng.normal(size=(400, 6))).astype(np.float32)
-    for _ in range(200):
-        a, b = np.array_split(pool[rng.permutation(100)], 2)
-        share, error = evaluate.nearer(evaluate.nearest(X, a), evaluate.nearest(X, b))
-        shares.append(share)
-        errors.append(error)
-    assert np.std(shares) == pytest.approx(np.mean(errors), rel=0.2)
-    assert abs(np.mean(shares) - 0.5) < 4 * np.mean(errors) / 200**0.5
-    assert np.mean(errors) > 5 * 0.5 / 400**0.5  # than that of coin tosses
-
-
-def test_damaged_pictures_look_as_they_are_called():
-    images = data.draw_shapes(20, seed=0)[0]
-    change = lambda damaged: damaged.astype(float) - images  # noqa: E731
-    noise = evaluate.noisy(np.full_like(images, 128)).astype(float) - 128
-    assert abs(noise.std() - 8) < 0.2 and abs(noise.mean()) < 0.1
-    assert 1 < abs(change(evaluate.jpeg(images))).mean() < 15
-    half = evaluate.halved(images)
-    assert half.shape == images.shape and half.dtype == np.uint8 and 1 < abs(change(half)).mean() < 15
-    flat = np.full((2, 28, 28, 1), 77, dtype=np.uint8)
-    assert np.array_equal(evaluate.halved(flat), flat) and evaluate.jpeg(flat).shape == (2, 28, 28, 3)
+def test_sample_of_a_model_without_a_null_label_and_of_a_damaged_one(shards, tmp_path, capfd):
+    flags = tiny_flags(shards, str(tmp_path / "u"), p_uncond=0.0, max_iters=1)
+    assert cli(capfd, "train.py", *flags)[0] == 0
+    line = one_line(cli(capfd, "sample.py", f"--out_dir={tmp_path}/u", "--w=1.8"))
+    assert "trained at p_uncond=0" in line
+    status, text = cli(capfd, "sample.py", f"--out_dir={tmp_path}/u", "--steps=2")
+    assert status == 0 and "w=0" in text
+    with open(f"{tmp_path}/u/ckpt.pt", "r+b") as f:
+        f.truncate(2000)
+    assert "damaged" in one_line(cli(capfd, "sample.py", f"--out_dir={tmp_path}/u"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# evaluate.py and plot.py by their command lines
+# augment.py
 
 
-@pytest.fixture(scope="session")
-def real_shapes(tmp_path_factory):
-    """A data set of 300 + 300 shapes in a folder, and its first 100 training pictures as a sample folder."""
-    root = tmp_path_factory.mktemp("shapes")
-    for split, seed in (("train", 0), ("test", 1)):
-        images, labels, names = data.draw_shapes(300, seed)
-        data.write_shards(f"{root}/real/{split}", images, labels, names)
-        if split == "train":
-            order = np.argsort(labels, kind="stable").reshape(10, -1)[:, :10].ravel()
-            data.write_shards(f"{root}/copied", images[order], (labels[order] + 3) % 10, [*names[-3:], *names[:-3]])
-    return root
+def test_augment_writes_balanced_shards_and_says_how(trained, synthetic):
+    images, labels, names = data.load(synthetic)
+    assert images.shape == (21, 8, 8, 3) and images.dtype == np.uint8 and names == ["airplane", "automobile", "bird"]
+    assert np.bincount(labels).tolist() == [7, 7, 7] and labels[:6].tolist() == [0, 1, 2, 0, 1, 2]
+    assert len(contents(synthetic)) == 2 * 4 and len(np.unique(images, axis=0)) == 21
+    manifest = data.read_json(f"{synthetic}/manifest.json")
+    expected = dict(w=1.0, interval=[0.25, 4.0], sampler="dpm++", steps=3, seed=0, per_class=7, step=6)
+    assert expected.items() <= manifest["settings"].items() and manifest["complete"] and manifest["seconds"] > 0
+    assert manifest["counts"] == {"airplane": 7, "automobile": 7, "bird": 7} and manifest["images"] == 21
+    assert manifest["trained_on"]["val_fraction"] == 0.1
+    model = ddpm.load_model(f"{trained}/ckpt.pt")[0]
+    how = dict(sampler="dpm++", steps=3, interval=(0.25, 4.0))
+    x, unguided = (to_uint8(model.sample(torch.arange(3), w, 0, [18, 19, 20], **how)).numpy() for w in (1.0, 0.0))
+    assert not np.array_equal(x, unguided)
+    assert np.abs(images[18:].astype(int) - x).max() <= 1  # image k of the seed
+    from PIL import Image
+
+    assert Image.open(f"{synthetic}/preview.png").height == 3 * 18 + 2  # a row for each class
 
 
-def evaluation(capfd, root, *flags):
-    where = [f"--dataset={root}/real", f"--data_dir={root}/data", f"--out_dir={root}/out", f"--cache_dir={root}/kept"]
-    return cli(capfd, "evaluate.py", *where, "--resize=32", "--device=cpu", *flags)
+def test_augment_continues_and_grows_to_the_same_bytes(trained, synthetic, tmp_path, capfd):
+    folder = str(tmp_path / "s")
+    assert cli(capfd, "augment.py", *augment_flags(trained, folder, per_class=3))[0] == 0
+    status, text = cli(capfd, "augment.py", *augment_flags(trained, folder))
+    assert status == 0 and "3 of 4 shards" in text  # the first was whole, the second was cut short
+    assert contents(folder) == contents(synthetic)
+    os.remove(f"{folder}/labels_00002.npy")
+    status, text = cli(capfd, "augment.py", *augment_flags(trained, folder))
+    assert status == 0 and "1 of 4 shards" in text and contents(folder) == contents(synthetic)
+    written = os.stat(f"{folder}/images_00000.npy").st_mtime_ns
+    status, text = cli(capfd, "augment.py", *augment_flags(trained, folder))
+    assert status == 0 and "0 of 4 shards" in text and os.stat(f"{folder}/images_00000.npy").st_mtime_ns == written
 
 
-def test_33_evaluation_says_what_it_compares(capfd, real_shapes):
-    flags = (f"--samples={real_shapes}/copied", "--per_class=True", "--controls=True")
-    status, text = evaluation(capfd, real_shapes, *flags)
-    assert status == 0
-    for said in ("EfficientNet-Lite0, 1280 features", "resized to 32", "100 pictures in", "train split", "real: test"):
-        assert said in text, said
-    assert "refused" in text and "FID" not in text
-    result = data.read_json(f"{real_shapes}/out/evaluate.json")
-    scores = result["scores"]
-    assert scores["samples"]["fd"] is None and scores["samples"]["n"] == 100
-    kd = {title: (s["kd"], s["kd_error"]) for title, s in scores.items()}
-    assert abs(kd["samples"][0]) < 5 * kd["samples"][1]  # the same pictures, in part
-    assert kd["real: test, half resolution"][0] > kd["real: test"][0] + 5 * kd["real: test"][1]
-    assert len(scores) == 5 and "ring: fewer than 20 pictures in a set" in text
-    memorised = result["memorised"]
-    assert memorised["share"] > 0.55 and (memorised["train"], memorised["of"], memorised["test"]) == (100, 300, 100)
-    assert "67% copies alone" in text
-    assert all(math.isfinite(s["kd"]) and math.isfinite(s["kd_error"]) for s in scores.values())
-    assert list(pathlib.Path(f"{real_shapes}/kept").glob("real-train-100-lite0-32-*.npy"))
+def test_augment_two_gloo_processes_write_the_bytes_of_one(trained, synthetic, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    flags = augment_flags(trained, str(tmp_path / "s"))
+    done = subprocess.run([*command, f"{HERE}/augment.py", *flags], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "s") == contents(synthetic)
+    assert data.load(str(tmp_path / "s"))[2] == ["airplane", "automobile", "bird"]
 
 
-def test_samples_that_were_copied_are_found_out(capfd, real_shapes):
-    status, text = evaluation(capfd, real_shapes, f"--samples={real_shapes}/real/train", "--n=300")
-    assert status == 0 and "100.0% of the samples are nearer" in text
-    result = data.read_json(f"{real_shapes}/out/evaluate.json")
-    scores = result["scores"]["samples"]
-    assert scores["precision"] == scores["recall"] == 1 and abs(scores["kd"]) < 4 * scores["kd_error"]
-    assert os.path.exists(f"{real_shapes}/out/evaluate_nearest.png")
-    flags = (
-        f"--samples={real_shapes}/real/test",
-        "--split=test",
-        "--few=True",
-        "--classes=ring,disc",
-        "--per_class=True",
+def test_augment_of_a_class_subset_and_of_an_unconditional_model(trained, shards, tmp_path, capfd):
+    assert cli(capfd, "augment.py", *augment_flags(trained, f"{tmp_path}/s", classes="bird,airplane"))[0] == 0
+    images, labels, names = data.load(f"{tmp_path}/s")
+    assert np.bincount(labels).tolist() == [7, 0, 7] and names == ["airplane", "automobile", "bird"]
+    flags = tiny_flags(shards, f"{tmp_path}/u", conditional=False, max_iters=1)
+    assert cli(capfd, "train.py", *flags)[0] == 0
+    assert cli(capfd, "augment.py", *augment_flags(f"{tmp_path}/u", ""))[0] == 0
+    images, labels, names = data.load(f"{tmp_path}/u/synthetic")
+    assert images.shape == (7, 8, 8, 3) and labels is None and names == []
+
+
+@pytest.mark.parametrize(
+    "flags,said",
+    (
+        ("--w=1.8", "was made with w=1.0, not 1.8: use --overwrite=True"),
+        ("--interval=1,2", "was made with interval=[0.25, 4.0], not [1, 2]"),
+        ("--ema=False", "was made with weights="),
+        ("--per_class=2", "per_class=7, not 2"),
+        ("--per_class=0", "per_class: 0 must be in [1, inf)"),
+        ("--w=1 --guidance_scale=2", "not both"),
+        ("--classes=bird,bird", "names a class twice"),
+        ("--classes=,", "or none"),
+        ("--overwrite=True --interval=2,1", "interval: [2, 1] must be low,high"),
+        ("--overwrite=True --sampler=euler", "sampler: 'euler' is not one of"),
+        ("--overwrite=True --steps=1000", "steps: 1000 must be in"),
+        ("--overwrite=True --eta=1", "eta=1 is for ddim"),
+        ("--overwrite=True --variance=beta", "variance=beta for ddpm"),
+        ("--hidden=1", "unknown key 'hidden': it is a key of classifier.py"),
+    ),
+)
+def test_augment_user_errors(flags, said, trained, synthetic, capfd):
+    before = contents(synthetic)
+    assert said in one_line(cli(capfd, "augment.py", *augment_flags(trained, synthetic), *flags.split()))
+    assert contents(synthetic) == before  # nothing was deleted or changed
+
+
+def test_augment_refuses_foreign_and_damaged_shards(trained, synthetic, tmp_path, capfd, monkeypatch):
+    folder = str(tmp_path / "s")
+    shutil.copytree(synthetic, folder)
+
+    def refused(**changes):
+        return one_line(cli(capfd, "augment.py", *augment_flags(trained, folder, **changes)))
+
+    (tmp_path / "s" / "images_00099.npy").write_bytes((tmp_path / "s" / "images_00000.npy").read_bytes())
+    assert "images_00099.npy is not part of this set" in refused()
+    os.remove(f"{folder}/images_00099.npy")
+    path = f"{folder}/images_00001.npy"
+    with open(path, "r+b") as f:
+        f.truncate(300)
+    assert "images_00001.npy is not the file listed in manifest.json: it was truncated or changed" in refused()
+    manifest = data.read_json(f"{folder}/manifest.json")
+    data.save_json(f"{folder}/manifest.json", manifest | {"complete": False})  # as before the end of a run
+    assert "images_00001.npy is damaged" in refused()
+    assert cli(capfd, "augment.py", *augment_flags(trained, folder, w=1.8, overwrite=True))[0] == 0
+    assert contents(folder).keys() == contents(synthetic).keys() and contents(folder) != contents(synthetic)
+    data.write_shards(str(tmp_path / "mine"), np.zeros((3, 8, 8, 3)), np.zeros(3), ["a"])
+    folder = str(tmp_path / "mine")
+    assert "holds shards that were not written by augment.py" in refused()
+    folder = str(tmp_path / "full")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    assert "the disk has 0 MB free" in refused()
+
+
+@pytest.mark.parametrize("change", ({}, {"overwrite": True, "seed": 5}))
+def test_augment_cut_off_between_any_two_writes(change, trained, synthetic, tmp_path, capfd, monkeypatch):
+    """Stops before the N-th renaming or removal, for every N: what is there is refused or right; a new start mends."""
+    after = str(tmp_path / "after")
+    assert cli(capfd, "augment.py", *augment_flags(trained, after, **change))[0] == 0
+    before, after, n = contents(synthetic), contents(after), 0
+
+    class CutOff(BaseException):
+        pass
+
+    def counted(function):
+        def wrapped(*args):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise CutOff
+            return function(*args)
+
+        return wrapped
+
+    ended = False
+    while not ended:
+        folder, left = str(tmp_path / str(n)), n
+        shutil.copytree(synthetic, folder) if change else os.makedirs(folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", counted(os.replace))
+            patch.setattr(os, "remove", counted(os.remove))
+            ended = cli(capfd, "augment.py", *augment_flags(trained, folder, **change))[0] == 0
+        try:
+            data.load(folder)
+            assert contents(folder) in (before, after)
+        except UserError:
+            assert not ended
+        assert cli(capfd, "augment.py", *augment_flags(trained, folder, **change))[0] == 0
+        data.load(folder)
+        assert contents(folder) == after
+        n += 1
+    assert n >= 12  # 4 shards of two files, classes.json, and the manifest at the start and the end
+
+
+@pytest.mark.slow
+def test_augment_kill_9_leaves_no_wrong_shard(trained, tmp_path):
+    """25 kills at random moments; what is there after each is right, and the end is that of an undisturbed run."""
+    flags = lambda name: augment_flags(trained, f"{tmp_path}/{name}", per_class=800)  # noqa: E731
+    subprocess.run([sys.executable, f"{HERE}/augment.py", *flags("whole")], check=True, capture_output=True)
+    whole, rng, kills, partial = contents(tmp_path / "whole"), random.Random(0), 0, 0
+    assert len(whole) == 2 * 400
+    while kills < 25:
+        process = subprocess.Popen(
+            [sys.executable, f"{HERE}/augment.py", *flags("cut")], stdout=subprocess.PIPE, text=True
+        )
+        assert "shards to make" in process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        rest = process.communicate()[0]
+        kills += process.returncode == -signal.SIGKILL
+        there = contents(tmp_path / "cut")
+        assert all(there[name] == whole[name] for name in there)
+        partial += 0 < len(there) < len(whole)
+        if "preview.png" in rest:
+            shutil.rmtree(tmp_path / "cut")  # it ended before it was killed: from the start again
+    assert partial >= 20
+    subprocess.run([sys.executable, f"{HERE}/augment.py", *flags("cut")], check=True, capture_output=True)
+    assert contents(tmp_path / "cut") == whole
+    assert np.bincount(data.load(f"{tmp_path}/cut")[1]).tolist() == [800] * 3
+
+
+@pytest.mark.parametrize("what", ("truncated", "missing", "foreign", "mislabelled", "renamed classes", "cut off"))
+def test_augment_damaged_sets_are_one_line_that_names_the_file(what, synthetic, shards, tmp_path, capfd):
+    folder = f"{tmp_path}/s"
+    shutil.copytree(synthetic, folder)
+    path, labels = f"{folder}/images_00001.npy", f"{folder}/labels_00001.npy"
+    if what == "truncated":
+        with open(path, "r+b") as f:
+            f.truncate(os.path.getsize(path) - 1)
+    elif what == "renamed classes":
+        path = f"{folder}/classes.json"
+        data.save_json(path, ["bird", "automobile", "airplane"])
+    elif what == "missing":
+        os.remove(path)
+    elif what == "foreign":
+        path = f"{folder}/images_extra.npy"
+        shutil.copy(f"{folder}/images_00001.npy", path)
+    elif what == "mislabelled":
+        path = labels
+        np.save(labels, np.load(labels)[::-1])
+    else:
+        path, manifest = folder, data.read_json(f"{folder}/manifest.json")
+        data.save_json(f"{folder}/manifest.json", manifest | {"complete": False})
+    flags = [f"--dataset={shards}/tiny", f"--synthetic_dir={folder}", f"--out_dir={tmp_path}", "--device=cpu"]
+    assert path in one_line(cli(capfd, "classifier.py", *flags))
+
+
+@pytest.mark.slow
+def test_augment_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    model = DDPM(DDPMConfig(image_size=64, num_classes=10, arch="cnn", ch=4, ch_mult=(1,), timesteps=2, beta_end=0.999))
+    os.makedirs(tmp_path / "out")
+    write_checkpoint(f"{tmp_path}/out/ckpt.pt", model)
+    code = "import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    code += "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"  # kB
+    peak = {}
+    for n in (50, 500, 1000):  # 6, 61 and 123 MB of images
+        flags = augment_flags(
+            f"{tmp_path}/out", f"{tmp_path}/{n}", per_class=n, shard_size=100, batch_size=100, steps=1
+        )
+        command = [sys.executable, "-c", code, f"{HERE}/augment.py", *flags]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE)
+        peak[n] = int(done.stdout.split("peak ")[1]) / 1024
+    print("\npeak memory of augment.py by images per class (64x64):", {n: f"{mb:.0f} MB" for n, mb in peak.items()})
+    assert peak[1000] - peak[50] < 60
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# classifier.py
+
+
+@pytest.mark.parametrize("B,sizes", ((1, (3, 2)), (4, (5, 7, 3)), (7, (6, 4, 9, 2)), (2, (4, 1, 5))))
+def test_classifier_gradients_equal_autograd_and_finite_differences(double, B, sizes):
+    model, loss, generator = classifier.MLP(sizes), classifier.SoftmaxCrossEntropy(), torch.Generator().manual_seed(1)
+    for p in model.weights():
+        p.normal_(generator=generator)
+    x = torch.randn(B, sizes[0])
+    y = torch.arange(B) % sizes[-1]
+    y[-1] = sizes[-1] - 1  # labels at both ends
+    value = loss.forward(model.forward(x, training=True), y)
+    model.backward(loss.backward())
+    weights = [p.clone().requires_grad_() for p in model.weights()]
+    h = x
+    for i, (W, b) in enumerate(zip(weights[::2], weights[1::2])):
+        h = (F.relu(h) if i else h) @ W + b
+    expected = F.cross_entropy(h, y)
+    expected.backward()
+    assert torch.allclose(value, expected.detach(), rtol=1e-12, atol=1e-12)
+    for p, g, w in zip(model.weights(), model.gradients(), weights):
+        assert torch.allclose(g, w.grad, rtol=1e-10, atol=1e-10)
+        numeric = finite_difference(lambda: loss.forward(model.forward(x), y), p)
+        assert torch.allclose(g, numeric, rtol=1e-5, atol=1e-7)
+
+
+def test_classifier_every_layer_returns_the_gradient_of_its_input(double):
+    x, linear, dropout = torch.randn(4, 5), classifier.Linear(5, 3, dtype=torch.float64), classifier.Dropout(0.5)
+    layers = [
+        (linear, lambda x: x @ linear.W + linear.b),
+        (classifier.ReLU(), F.relu),
+        (dropout, lambda x: x * dropout.mask),
+    ]
+    for layer, function in layers:
+        y = layer.forward(x, training=True)
+        leaf = x.clone().requires_grad_()
+        expected, dy = function(leaf), torch.randn(y.shape)
+        expected.backward(dy)
+        assert torch.allclose(y, expected.detach(), atol=1e-12)
+        assert torch.allclose(layer.backward(dy), leaf.grad, atol=1e-12), layer
+
+
+@pytest.mark.parametrize("scale", (0.0, 1.0, 1e4))
+def test_classifier_softmax_cross_entropy_of_extreme_logits(double, scale):
+    loss, signs = classifier.SoftmaxCrossEntropy(), torch.tensor([[1.0, -1, 0], [-1, 1, 0.5], [0, 0, 0]])
+    for y in (torch.tensor([0, 2, 1]), torch.tensor([1, 0, 2]), torch.tensor([2, 2, 0])):
+        logits = (scale * signs).requires_grad_()
+        F.cross_entropy(logits, y).backward()
+        value = loss.forward(logits.detach(), y)
+        assert value.isfinite() and torch.allclose(value, F.cross_entropy(logits, y).detach(), rtol=1e-12)
+        assert torch.allclose(loss.backward(), logits.grad, atol=1e-10)
+    one = torch.tensor([[1e4, -1e4], [-1e4, 1e4]])
+    assert loss.forward(one, torch.tensor([0, 1])) == 0 and not loss.backward().any()  # a perfect prediction
+
+
+def test_classifier_dropout():
+    layer, x = classifier.Dropout(0.2, torch.Generator().manual_seed(0)), torch.ones(400, 257)
+    assert layer.forward(x) is x and layer.backward(x) is x  # nothing outside training
+    y = layer.forward(x, training=True)
+    share = (y == 0).float().mean().item()
+    assert abs(share - 0.2) < 4 * math.sqrt(0.2 * 0.8 / x.numel()) and abs(y.mean().item() - 1) < 0.01
+    assert not torch.equal(y, layer.forward(x, training=True))
+    rows = (y == 0).float().mean(1)
+    assert rows.min() > 0.05 and rows.max() < 0.4  # a coin for each value
+
+
+@pytest.mark.parametrize("kind", ("sgd", "adamw"))
+def test_classifier_optimizers_equal_torchs(double, kind):
+    model = classifier.MLP((3, 4, 2))
+    ours, theirs = classifier.OPTIMIZERS[kind](model, weight_decay=0.1), [p.clone() for p in model.weights()]
+    how = dict(momentum=0.9) if kind == "sgd" else dict(weight_decay=0.1)
+    optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[kind](theirs, lr=0.01, **how)
+    for k in range(5):
+        for layer in model.linears:
+            layer.dW = torch.sin(torch.arange(layer.W.numel()) + k + 0.0).view(layer.W.shape)
+            layer.db = torch.cos(torch.arange(len(layer.b)) + k + 0.0)
+        for p, g in zip(theirs, model.gradients()):
+            p.grad = g.clone()
+            if kind == "sgd":  # torch's SGD couples its decay with the momentum; ours is AdamW's
+                p.mul_(1 - 0.01 * 0.1)
+        optimizer.step()
+        ours.step(0.01)
+    assert all(torch.allclose(p, q, rtol=1e-10, atol=1e-12) for p, q in zip(model.weights(), theirs))
+
+
+def test_classifier_trains_with_autograd_off(monkeypatch):
+    images, labels, _ = data.make_shapes(300, seed=0)
+    labels, seen = labels.astype(np.int64), []
+    forward = classifier.Linear.forward
+    monkeypatch.setattr(classifier.Linear, "forward", lambda *a: seen.append(torch.is_grad_enabled()) or forward(*a))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *a, **k: pytest.fail("autograd was used"))
+    with torch.enable_grad():
+        model, _ = classifier.train(images, labels, images, labels, 10, 0, classifier_settings())
+    assert seen and not any(seen)
+    assert not any(p.requires_grad or p.grad_fn for p in model.weights())
+
+
+def test_classifier_learns_and_is_a_function_of_the_seed():
+    rng, labels = np.random.default_rng(0), np.arange(1500) % 3
+    images = rng.integers(0, 200, (1500, 8, 8, 3)) + 12 * labels[:, None, None, None]  # brighter by class
+    images = images.astype(np.uint8)
+    val = images[1000:], labels[1000:]
+    settings = classifier_settings(max_iters=200, batch_size=50, eval_interval=50)
+    train = lambda seed=0, **more: classifier.train(images[:1000], labels[:1000], *val, 3, seed, settings | more)  # noqa: E731
+    model, best = train()
+    accuracy = (classifier.predict(model, val[0], False, "cpu").numpy() == val[1]).mean()
+    assert accuracy == pytest.approx(best["val"], abs=1e-6) and accuracy > 0.6
+    assert same(train()[0].weights(), model.weights())  # a function of the seed
+    assert not same(train(seed=1)[0].weights(), model.weights())
+    assert train(gray=True)[0].layers[0].W.shape[0] == 64
+    for more in ({"gray": True}, {"dtype": torch.bfloat16}, {"optimizer": "sgd", "lr": 0.01}, {"hidden": ()}):
+        assert train(**more)[1]["val"] > 0.5, more
+
+
+def test_classifier_keeps_the_best_validation(monkeypatch):
+    """Validation goes up, then down: the weights and the number of the best update come back."""
+    images, labels, seen = np.zeros((30, 4, 4, 3), np.uint8), np.arange(30) % 3, []
+    right = iter((10, 25, 20))
+
+    def predict(model, *_):
+        seen.append([p.clone() for p in model.weights()])
+        wrong = torch.from_numpy(labels.copy())
+        wrong[next(right) :] = -1
+        return wrong
+
+    monkeypatch.setattr(classifier, "predict", predict)
+    model, best = classifier.train(images, labels, images, labels, 3, 0, classifier_settings())
+    assert best["step"] == 20 and best["val"] == pytest.approx(25 / 30)
+    assert same(model.weights(), seen[1]) and not same(seen[1], seen[2])
+
+
+def test_classifier_test_images_choose_nothing(shards, tmp_path, capfd):
+    found = []
+    for name in ("a", "b"):  # two data sets that differ in their test images alone
+        shutil.copytree(f"{shards}/tiny", tmp_path / name)
+        if name == "b":
+            images, labels, names = data.read_shards(f"{tmp_path}/b/test")
+            data.write_shards(f"{tmp_path}/b/test", images[::-1], labels, names)
+        flags = classifier_flags(str(tmp_path), str(tmp_path / name), "", dataset=f"{tmp_path}/{name}", arms="real")
+        assert cli(capfd, "classifier.py", *flags)[0] == 0
+        found.append(data.read_json(f"{tmp_path}/{name}/classifier.json")["runs"])
+    for a, b in zip(*found):
+        assert (a["step"], a["val"]) == (b["step"], b["val"]) and a["confusion"] != b["confusion"]
+
+
+def test_classifier_arms_get_equal_weights_and_updates(monkeypatch):
+    images = np.arange(60, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2)
+    real = images[:30], np.arange(30) % 3
+    synthetic = images[30:], np.arange(30) % 3
+    sizes = {}
+    for arm in classifier.ARMS:
+        x, y = classifier.arm_images(arm, real, synthetic, 0, 0, seed=0)
+        sizes[arm] = len(x)
+        assert np.array_equal(x[:, 0, 0, 0] % 3, y)  # images keep their labels
+        assert (x[:, 0, 0, 0] >= 30).any() == ("synthetic" in arm) and (x[:, 0, 0, 0] < 30).any() == ("real" in arm)
+    assert sizes == {"real": 30, "synthetic": 30, "real+synthetic": 60, "real+real": 60}
+    x, y = classifier.arm_images("real+synthetic", real, synthetic, 9, 6, seed=1)
+    assert np.bincount(y[:9]).tolist() == [3, 3, 3] and np.bincount(y[9:]).tolist() == [2, 2, 2]
+    assert len(set(x[:, 0, 0, 0])) == 15
+    updates, kept, step = [], [], classifier.AdamW.step
+    monkeypatch.setattr(classifier.AdamW, "step", lambda self, lr: updates.append(lr) or step(self, lr))
+    monkeypatch.setattr(classifier.AdamW, "__init__", keep_start(classifier.AdamW.__init__, kept))
+    for arm in classifier.ARMS:
+        images = classifier.arm_images(arm, real, synthetic, 0, 0, seed=0)
+        classifier.train(*images, *real, 3, 0, classifier_settings())
+    assert all(same(kept[0], k) for k in kept) and len(kept) == 4
+    assert len(updates) == 4 * 30 and updates[:30] == updates[30:60]
+
+
+def test_classifier_statistics_against_scipy():
+    stats = pytest.importorskip("scipy.stats")  # comes with the extra `flowers`
+    for df in range(1, 31):
+        assert classifier.T_97_5[df - 1] == pytest.approx(stats.t.ppf(0.975, df), abs=6e-4)
+    mean, error, half = classifier.mean_and_error([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (mean, error) == (3, pytest.approx(math.sqrt(0.5))) and half == pytest.approx(2.776 * error, rel=1e-3)
+    assert classifier.mean_and_error([1.0]) == (1.0, None, None)
+    assert classifier.mean_and_error([1.0, 2.0] * 20)[2] == pytest.approx(1.96 * 0.5064 / 40**0.5, rel=1e-3)
+
+
+def test_classifier_verdict_says_what_the_numbers_say():
+    def runs(*tests):
+        return [{"test": t, "confusion": [[round(100 * t), 100 - round(100 * t)], [0, 100]]} for t in tests]
+
+    def verdict(synthetic, control=None):
+        arms = {"real": runs(0.50, 0.51, 0.52)[: len(synthetic)], "real+synthetic": runs(*synthetic)}
+        return classifier.verdict(arms | ({"real+real": runs(*control)} if control else {}), ["cat", "dog"])
+
+    text = verdict((0.60, 0.61, 0.63))
+    assert "real+synthetic minus real: +10.33 points" in text and "Synthetic data helped." in text
+    assert "got better (95% each): cat +10.3." in text and "got worse (95% each): none." in text
+    text = verdict((0.40, 0.41, 0.43))
+    assert "-9.67 points" in text and "Synthetic data hurt." in text and "got worse (95% each): cat -9.7." in text
+    text = verdict((0.40, 0.61, 0.53))
+    assert "No effect was shown." in text and "helped" not in text and "hurt" not in text
+    text = verdict((0.60,))
+    assert "One seed cannot tell" in text and "interval" not in text and "95%" not in text
+    text = verdict((0.60, 0.61, 0.63), (0.60, 0.61, 0.62))  # the control gains as much
+    assert "No effect was shown." in text and "real+synthetic minus real+real: +0.33 points" in text
+    assert "helped" in verdict((0.60, 0.61, 0.63), (0.51, 0.50, 0.52))
+    assert classifier.verdict({"real": runs(0.5)}, ["cat", "dog"]) == ""
+
+
+def test_classifier_comparison_writes_what_it_says(shards, synthetic, tmp_path, capfd):
+    status, text = cli(capfd, "classifier.py", *classifier_flags(shards, str(tmp_path), synthetic))
+    assert status == 0, text
+    found = data.read_json(f"{tmp_path}/classifier.json")
+    assert [(r["arm"], r["seed"]) for r in found["runs"]] == [(a, k) for k in (0, 1) for a in classifier.ARMS]
+    for run in found["runs"]:
+        confusion = np.array(run["confusion"])
+        assert confusion.sum() == 60 and run["test"] == pytest.approx(np.trace(confusion) / 60)
+        assert run["step"] in (3, 6) and run["images"] == {"real": 54, "synthetic": 21}.get(run["arm"], 75)
+    assert found["verdict"] in text and "2 seeds" in found["verdict"]
+    assert found["synthetic"]["settings"]["w"] == 1 and "±" in text and "note:" not in text
+    assert text.count("minus real by class") == 3
+    from PIL import Image
+
+    assert Image.open(f"{tmp_path}/confusion.png").width > 4 * 300
+
+
+def test_classifier_table_of_amounts(shards, synthetic, tmp_path, capfd):
+    flags = classifier_flags(shards, str(tmp_path), synthetic, amounts="9,54,60", ratios="0.5,2")
+    status, text = cli(capfd, "classifier.py", *flags)
+    assert status == 0, text
+    runs = data.read_json(f"{tmp_path}/classifier_amounts.json")["runs"]
+    cells = [(r["n_real"], r["n_synthetic"]) for r in runs[::2]]
+    assert cells == [(9, 0), (9, 4), (9, 18), (54, 0)]
+    assert "not run, there are 21 synthetic images" in text and text.count("95% interval") == 2
+
+
+@pytest.mark.parametrize(
+    "flags,said",
+    (
+        ("--synthetic_dir=none", "make them with `python augment.py`"),
+        ("--arms=fake", "arms: 'fake' is not one of real, real+synthetic"),
+        ("--arms=real,real", "names one twice"),
+        ("--optimizer=lion", "optimizer: 'lion' is not one of sgd, adamw"),
+        ("--dtype=float16", "dtype: 'float16' is not one of"),
+        ("--seeds=0", "seeds: 0 must be in [1, inf)"),
+        ("--seed=-1", "seed: -1 must be in [0, inf)"),
+        ("--val_fraction=0.0", "val_fraction: 0.0 must be in (0, 1)"),
+        ("--val_fraction=0.01", "leaves none"),
+        ("--hidden=0.5", "hidden: 0.5 must be a whole number"),
+        ("--hidden=0", "hidden: 0 must be in (0, inf)"),
+        ("--n_real=100", "100 images were asked for, but there are 54"),
+        ("--lr=1e30 --arms=real", "the weights are not finite at update"),
+        ("--out_dir=x --per_class=1", "unknown key 'per_class': it is a key of augment.py, evaluate.py"),
+        ("--dataset=CIFAR --classes=bird --val_fraction=0.5", "images (8, 8, 3), expected (32, 32, 3)"),
+    ),
+)
+def test_classifier_user_errors(flags, said, shards, synthetic, tmp_path, capfd):
+    flags = flags.replace("CIFAR", f"{shards}/cifar10").split()
+    assert said in one_line(cli(capfd, "classifier.py", *classifier_flags(shards, str(tmp_path), synthetic), *flags))
+
+
+def test_classifier_notes_validation_images_that_the_generator_saw(shards, synthetic, tmp_path, capfd):
+    flags = classifier_flags(shards, str(tmp_path), synthetic, val_fraction=0.3, seeds=1)
+    assert (
+        "note: the generator may have been trained on the validation images" in cli(capfd, "classifier.py", *flags)[1]
     )
-    status, text = evaluation(capfd, real_shapes, *flags)
-    assert status == 0, text
-    assert "refused" not in text and " 0.0% of the samples are nearer" in text
-    scores = data.read_json(f"{real_shapes}/out/evaluate.json")["scores"]
-    assert abs(scores["samples"]["fd"]) < 1e-4 < scores["real: train"]["fd"]
-    assert len(scores) == 2 + 4 and scores["samples, disc"]["n"] == 30 and scores["samples, disc"]["precision"] == 1
-
-
-def test_grey_and_unlabelled_samples_are_scored(capfd, real_shapes, tmp_path):
-    write_fashion_mnist(tmp_path, 60)
-    images = data.load("fashion_mnist", data_dir=str(tmp_path))[0]
-    data.write_shards(f"{tmp_path}/rgb", np.repeat(images, 3, axis=-1), None, [])
-    flags = ["--dataset=fashion_mnist", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}", "--resize=32"]
-    flags += [f"--cache_dir={tmp_path}/kept", f"--samples={tmp_path}/rgb", "--device=cpu"]
-    status, text = cli(capfd, "evaluate.py", *flags, "--controls=True")
-    assert status == 0, text
-    scores = data.read_json(tmp_path / "evaluate.json")["scores"]
-    assert scores["samples"]["precision"] == 1 and len(scores) == 5  # grey, three times over, is the same grey
-    assert "need labels" in one_line(cli(capfd, "evaluate.py", *flags, "--per_class=True"))
-
-
-def test_features_are_kept_under_a_name_that_tells_all(tmp_path):
-    class Network:
-        d, key, calls = 3, "net-1234", 0
-
-        def __call__(self, images):
-            self.calls += 1
-            return images.reshape(len(images), -1)[:, :3].astype(np.float32)
-
-    network, images = Network(), np.arange(5 * 48, dtype=np.uint8).reshape(5, 4, 4, 3)
-    first = evaluate.features_of(network, images, tmp_path, "reference", "cifar10-train")
-    again = evaluate.features_of(network, images, tmp_path, "reference", "cifar10-train")
-    assert network.calls == 1 and np.array_equal(first, again) and np.array_equal(first, images.reshape(5, -1)[:, :3])
-    evaluate.features_of(network, images + 1, tmp_path, "reference", "cifar10-train")
-    network.key = "net-5678"
-    evaluate.features_of(network, images, tmp_path, "reference", "cifar10-train")
-    assert network.calls == 3
-    assert all(name.startswith("cifar10-train-5-net-") for name in os.listdir(tmp_path))
-    (tmp_path / os.listdir(tmp_path)[0]).write_bytes(b"cut off")
-    with pytest.raises(data.DataError, match="damaged"):
-        for pixels in (images, images + 1):
-            for network.key in ("net-1234", "net-5678"):
-                evaluate.features_of(network, pixels, tmp_path, "reference", "cifar10-train")
-
-
-def test_evaluation_of_a_checkpoint(capfd, trained, shards):
-    flags = [f"--dataset={shards}/tiny", f"--cache_dir={shards}/kept", f"--out_dir={trained}", "--resize=32", "--n=20"]
-    status, text = cli(capfd, "evaluate.py", *flags, "--w=1", "--steps=3", "--ema=False", "--device=cpu")
-    assert status == 0 and "raw weights, w=1 (guidance_scale=2), interval (0.25, 4.0), dpm++, 3 steps, seed 0" in text
-    status, text = cli(capfd, "evaluate.py", *flags, "--steps=3", "--classifier=True", "--cnn_iters=2", "--device=cpu")
-    assert status == 0 and "averaged weights, w=1" in text and "trained on samples, tested on real" in text
-    status, text = cli(capfd, "evaluate.py", *flags, "--w=0", "--steps=3", "--device=cpu")
-    assert status == 0 and "averaged weights, w=0 (guidance_scale=1), dpm++" in text
-
-
-def test_classifiers_of_evaluate_learn(monkeypatch):
-    monkeypatch.setattr(evaluate, "cnn_iters", 100)
-    (images, labels, _), (others, truth, _) = (data.draw_shapes(1000, seed, size=16) for seed in (0, 1))
-    real, control = (images, labels.astype(np.int64)), (others, truth.astype(np.int64))
-    found = evaluate.cnn_scores((images, (real[1] + 1) % 10), real, control, 10, "cpu")  # samples of the wrong class
-    assert found["trained on real, tested on real"] > 0.6
-    assert max(found["trained on samples, tested on real"], found["trained on real, recognises samples"]) < 0.2
-
-
-def test_errors_of_evaluate(capfd, real_shapes, shards, trained, tmp_path):
-    run = lambda *flags: one_line(evaluation(capfd, real_shapes, *flags))  # noqa: E731
-    assert "n=200: there are 100 samples" in run(f"--samples={real_shapes}/copied", "--n=200")
-    assert "n=10: there are" in run(f"--samples={real_shapes}/copied", "--n=10")
-    assert "belong to features=lite0" in run("--features=inception", "--controls=True")
-    assert "pictures are" in run(f"--samples={shards}/tiny")
-    assert "features: 'vgg' is not one of" in run("--features=vgg")
-    assert "no weights file" in run(f"--samples={real_shapes}/copied", "--features=inception", "--weights=nowhere.pth")
-    assert "ckpt.pt draws (3, 8, 8), ['airplane', 'automobile', 'bird'], but" in run(f"--out_dir={trained}", "--n=30")
-    assert "no checkpoint" in run("--n=30", f"--out_dir={real_shapes}")
-    images, labels, names = data.draw_shapes(30, 0)
-    for split, order in (("train", names), ("test", names[::-1])):
-        data.write_shards(f"{tmp_path}/other/{split}", images, labels, order)
-    assert "its splits have other classes" in run(f"--dataset={tmp_path}/other", f"--samples={real_shapes}/copied")
-
-
-def test_inception_weights_are_downloaded_with_a_word_and_an_error_that_helps(
-    capfd, real_shapes, monkeypatch, tmp_path
-):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
-    result = evaluation(capfd, real_shapes, f"--samples={real_shapes}/copied", "--features=inception")
-    assert "downloading Inception's weights" in result[1] and "use --weights=PATH" in one_line(result)
-
-
-@pytest.fixture(scope="session")
-def random_inception(tmp_path_factory):
-    """A weights file in torch-fidelity's format, of random weights."""
-    from torch_fidelity import feature_extractor_inceptionv3 as theirs
-
-    path = str(tmp_path_factory.mktemp("inception") / "weights.pth")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(theirs, "load_state_dict_from_url", lambda *a, **k: None)
-        patch.setattr(theirs.FeatureExtractorInceptionV3, "load_state_dict", lambda *a: None)
-        torch.manual_seed(0)
-        net = theirs.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    torch.save(net.state_dict(), path)
-    return path
 
 
 @pytest.mark.slow
-def test_33_fid_runs_end_to_end(capfd, real_shapes, random_inception):
-    flags = [f"--samples={real_shapes}/copied", "--features=inception", f"--weights={random_inception}", "--n=40"]
-    status, text = evaluation(capfd, real_shapes, *flags)
-    assert status == 0 and "no FID of 2048 pictures or fewer" in text and "kernel_inception_distance_mean" in text
-    assert "frechet" not in text
-    status, text = evaluation(capfd, real_shapes, *flags, "--few=True")
-    assert status == 0, text
-    for said in ("Inception-v3", "resized to 299", "40 pictures in every set", "samples:", "real: test:"):
-        assert said in text, said
-    result = data.read_json(f"{real_shapes}/out/evaluate_inception.json")
-    for key in ("frechet_inception_distance", "inception_score_mean", "kernel_inception_distance_mean", "precision"):
-        assert math.isfinite(result["samples"][key]) and math.isfinite(result["real: test"][key])
-    kept = os.listdir(f"{real_shapes}/kept")
-    assert any(data.file_hash(random_inception)[:8] in name for name in kept)
-
-
-def write_flowers102(root, monkeypatch):
-    """Two small jpg pictures for each of 102 classes and split, and the .mat files that the real set comes with."""
-    from PIL import Image
-    from scipy.io import savemat
-    from torchvision.datasets import Flowers102
-
-    (folder := root / "flowers-102" / "jpg").mkdir(parents=True)
-    rng, ids = np.random.default_rng(0), np.arange(1, 409)
-    for i in ids:
-        pixels = rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"image_{i:05d}.jpg")
-    savemat(folder.parent / "imagelabels.mat", {"labels": (ids - 1) % 102 + 1})
-    first = ids[:204][np.argsort((ids[:204] - 1) % 102, kind="stable")]  # class by class, as in the real set
-    savemat(folder.parent / "setid.mat", {"trnid": first, "valid": first, "tstid": ids[204:]})
-    md5 = lambda name: hashlib.md5((folder.parent / name).read_bytes()).hexdigest()  # noqa: E731
-    files = {key: (name, md5(name)) for key, name in (("label", "imagelabels.mat"), ("setid", "setid.mat"))}
-    monkeypatch.setattr(Flowers102, "_file_dict", Flowers102._file_dict | files)
-
-
-def write_folder(root):
-    """A folder of pictures of two classes, without a test split."""
-    from PIL import Image
-
-    for name in ("left", "right"):
-        (root / "pictures" / name).mkdir(parents=True)
-        for i in range(40):
-            pixels = np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / "pictures" / name / f"{i}.png")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("which", ("fashion_mnist", "fashion_mnist, unconditional", "flowers102", "folder"))
-def test_every_data_set_goes_through_all_scripts(capfd, tmp_path, monkeypatch, which):
-    """From the files that the real sets come in, by their configs: train, sample, evaluate, plot."""
-    from PIL import Image
-
-    monkeypatch.chdir(tmp_path)
-    name, _, unconditional = which.partition(", ")
-    dataset = f"{tmp_path}/pictures" if name == "folder" else name
-    {"fashion_mnist": lambda: write_fashion_mnist(tmp_path / "data", 100),
-     "flowers102": lambda: write_flowers102(tmp_path / "data", monkeypatch),
-     "folder": lambda: write_folder(tmp_path)}[name]()  # fmt: skip
-    of, size = [f"--dataset={dataset}"], 16 if name == "folder" else 64 if name == "flowers102" else 28
-    train = [*of, f"--image_size={size}", "--ch=8", "--ch_mult=1,2", "--attn_resolutions=4", "--max_iters=2"]
-    train += ["--out_dir=out-x", "--batch_size=8", "--timesteps=10", "--eval_interval=2", "--sample_interval=2"]
-    train += ["--eval_pictures=8", "--use_compile=False", "--conditional=False"][: 3 if unconditional else 2]
-    for script, *flags in (
-        ("train.py", f"config/{name}.py", *train),
-        ("sample.py", "--out_dir=out-x", "--steps=2", "--num_samples=2"),
-        ("evaluate.py", *of, f"--image_size={size}", "--out_dir=out-x", "--n=40", "--steps=2", "--resize=32"),
-        ("plot.py", "loss", "--out_dir=out-x"),
-        ("plot.py", "data", *of, f"--image_size={size}", "--out_dir=out-x"),
-        ("plot.py", "forward", *of, f"--image_size={size}", "--out_dir=out-x"),
-    ):
-        status, text = cli(capfd, script, *flags)
-        assert status == 0, text
-    if name == "flowers102":
-        images, labels, _ = data.load(name)
-        order = data.shuffled([k + 102 * i + 1 for k in range(102) for i in range(2)])  # ids of the training pictures
-        assert labels.tolist() == [(k - 1) % 102 for k in order]
-        with Image.open(f"data/flowers-102/jpg/image_{order[5]:05d}.jpg") as picture:
-            assert np.array_equal(images[5], data.fit(picture, 64))
-    made = set(os.listdir("out-x"))
-    assert {"ckpt.pt", "sample.png", "evaluate.json", "plot_loss.png", "plot_data.png"} <= made
-    assert ("evaluate_nearest.png" in made) == (name != "folder")  # no picture of it is held out of training
-    scores = data.read_json("out-x/evaluate.json")["scores"]
-    assert scores["samples"]["n"] == 40 and scores["samples"]["kd"] > 0
-    assert any("the other half" in title for title in scores) == (name == "folder")
-
-
-@pytest.mark.parametrize("kind", ("schedules", "forward", "loss", "confusion", "data"))
-def test_plots(capfd, shards, trained, tmp_path, kind):
-    from PIL import Image
-
-    matrix = np.eye(3, dtype=int).tolist()
-    runs = [{"arm": a, "test": 0.5, "confusion": matrix, "pictures": 3} for a in ("real", "synthetic") for _ in "ab"]
-    data.save_json(f"{tmp_path}/classifier.json", {"classes": ["a", "b", "c"], "runs": runs})
-    flags = {
-        "loss": [f"--logs={trained}/log.json,{trained}/log.json"],
-        "forward": [f"--data_dir={shards}"],
-        "data": [f"--data_dir={shards}", "--dataset=fashion_mnist", "--seed=17"],
-    }.get(kind, [])
-    status, text = cli(capfd, "plot.py", kind, f"--out_dir={tmp_path}", *flags)
-    assert status == 0, text
-    picture = np.asarray(Image.open(tmp_path / f"plot_{kind}.png").convert("RGB"))
-    assert min(picture.shape[:2]) > 250 and picture.std() > 20
-    if kind == "confusion":  # two arms; of amounts, three cells, though two have as many pictures
-        for run, (n_real, n_synthetic) in zip(runs, ((1, 2), (2, 1), (2, 1), (3, 0))):
-            run |= dict(arm="real+synthetic", n_real=n_real, n_synthetic=n_synthetic)
-        data.save_json(f"{tmp_path}/classifier_amounts.json", {"classes": ["a", "b", "c"], "runs": runs})
-        flags = [f"--out_dir={tmp_path}", f"--results={tmp_path}/classifier_amounts.json"]
-        assert cli(capfd, "plot.py", kind, *flags)[0] == 0
-        assert 1.3 < Image.open(tmp_path / "plot_confusion.png").width / picture.shape[1] < 1.7
-
-
-def test_what_is_plotted(tmp_path):
-    import plot
-
-    x0 = torch.rand(3, 4, 4)
-    model = DDPM(DDPMConfig(**(TINY | dict(timesteps=500, beta_end=0.028, image_size=4, ch_mult=(1,)))))
-    eps, ts = torch.randn(x0.shape, generator=ddpm.make_generator(0)), [0, 100, 499]
-    expected = model.q_sample(x0.expand(3, -1, -1, -1), torch.tensor(ts), eps.expand(3, -1, -1, -1))
-    assert torch.allclose(plot.noised(x0, "linear", ts), expected, atol=1e-6)
-
-
-def test_errors_of_plot(capfd, tmp_path):
-    assert "'' is not one of schedules, forward, loss, confusion, data" in one_line(cli(capfd, "plot.py"))
-    assert "'beta' is not one of" in one_line(cli(capfd, "plot.py", "beta"))
-    assert "no log" in one_line(cli(capfd, "plot.py", "loss", f"--out_dir={tmp_path}"))
-    assert "no result" in one_line(cli(capfd, "plot.py", "confusion", f"--out_dir={tmp_path}"))
-    stopped = {key: [] for key in ("step", "train_loss", "val_loss", "val_quarters")}  # before the first evaluation
-    data.save_json(f"{tmp_path}/log.json", stopped)
-    assert cli(capfd, "plot.py", "loss", f"--out_dir={tmp_path}")[0] == 0
-
-
-@pytest.mark.slow
-def test_synthetic_shapes_help_where_real_ones_are_few(quick_start):
-    """The whole chain: train, augment, classify with 20 real pictures of each class: a gain of many times its error."""
+def test_classifier_synthetic_shapes_help_where_real_ones_are_few(quick_start):
+    """The whole chain: train, augment, classify with 20 real images of each class: a gain of many times its error."""
     folder, _ = quick_start
     start = time.time()
     run = lambda *args: subprocess.run([sys.executable, *args], cwd=folder, check=True)  # noqa: E731
@@ -2254,117 +2080,315 @@ def test_synthetic_shapes_help_where_real_ones_are_few(quick_start):
     assert gain > 10 and gain > 5 * half and gain > 3 * abs(control)
 
 
-@pytest.mark.slow
-def test_26_kill_9_of_augment_leaves_no_wrong_shard(trained, tmp_path):
-    """25 kills at random moments; what is there after each is right, and the end is that of an undisturbed run."""
-    flags = lambda name: augment_flags(trained, f"{tmp_path}/{name}", per_class=800)  # noqa: E731
-    subprocess.run([sys.executable, f"{HERE}/augment.py", *flags("whole")], check=True, capture_output=True)
-    whole, rng, kills, partial = contents(tmp_path / "whole"), random.Random(0), 0, 0
-    assert len(whole) == 2 * 400
-    while kills < 25:
-        process = subprocess.Popen(
-            [sys.executable, f"{HERE}/augment.py", *flags("cut")], stdout=subprocess.PIPE, text=True
-        )
-        assert "shards to be made" in process.stdout.readline()
-        time.sleep(rng.uniform(0, 0.3))
-        process.kill()
-        rest = process.communicate()[0]
-        kills += process.returncode == -signal.SIGKILL
-        there = contents(tmp_path / "cut")
-        assert all(there[name] == whole[name] for name in there)
-        partial += 0 < len(there) < len(whole)
-        if "hours of drawing" in rest:
-            shutil.rmtree(tmp_path / "cut")  # it ended before it was killed: from the start again
-    assert partial >= 20
-    subprocess.run([sys.executable, f"{HERE}/augment.py", *flags("cut")], check=True, capture_output=True)
-    assert contents(tmp_path / "cut") == whole
-    assert np.bincount(data.load(f"{tmp_path}/cut")[1]).tolist() == [800] * 3
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluate.py
+
+
+def test_evaluate_distances_of_known_sets():
+    """Against the formulas in NumPy, and sets whose distance is known."""
+    X, Y = feature_sets()
+    A, B = X.astype(np.float64), Y.astype(np.float64)
+    S, T = np.cov(A, rowvar=False), np.cov(B, rowvar=False)
+    values, vectors = np.linalg.eigh(S)
+    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ T @ root).clip(min=0)).sum()
+    fd = np.square(A.mean(0) - B.mean(0)).sum() + np.trace(S) + np.trace(T) - 2 * cross
+    assert evaluate.frechet_distance(X, Y) == pytest.approx(fd, rel=1e-6)
+    assert (
+        evaluate.frechet_distance(Y, X) == pytest.approx(fd, rel=1e-6) and abs(evaluate.frechet_distance(X, X)) < 1e-6
+    )
+    assert evaluate.frechet_distance(X, 2 * X + 1) == pytest.approx(  # |mu + 1|^2 + sum of (2s - s)^2
+        np.square(A.mean(0) + 1).sum() + np.trace(S), rel=1e-6
+    )
+    K = lambda P, Q: (P @ Q.T / 12 + 1) ** 3  # noqa: E731
+    mean_off_diagonal = lambda M: (M.sum() - np.trace(M)) / (len(M) * (len(M) - 1))  # noqa: E731
+    rng = np.random.default_rng(0)
+    halves = zip(*(np.array_split(rng.permutation(70), 2) for _ in range(2)))
+    kd = [sum(mean_off_diagonal(K(P, P)) for P in (A[i], B[j])) - 2 * K(A[i], B[j]).mean() for i, j in halves]
+    found = evaluate.kernel_distance(X[:70], Y, parts=2)
+    assert found == (pytest.approx(np.mean(kd), rel=1e-6), pytest.approx(np.std(kd, ddof=1) / 2**0.5, rel=1e-6))
+
+
+def test_evaluate_precision_and_recall():
+    """Kynkäänniemi et al. 2019: the share of one set within a ball, to the third neighbour, of the other."""
+    X, Y = feature_sets()
+
+    def covered(A, B):  # the share of A in the balls around B
+        radius = np.sort(np.linalg.norm(B[:, None] - B[None], axis=-1), axis=1)[:, 3]
+        return (np.linalg.norm(A[:, None] - B[None], axis=-1) <= radius).any(1).mean()
+
+    found, back = evaluate.scores(X, Y), evaluate.scores(Y, X)
+    assert found["precision"] == pytest.approx(covered(X, Y), abs=1e-6)
+    assert found["recall"] == pytest.approx(covered(Y, X), abs=1e-6) and 0 < found["recall"] < 1
+    assert (back["precision"], back["recall"]) == (found["recall"], found["precision"])
+
+
+def test_evaluate_kernel_distance_is_unbiased_and_its_error_is_right():
+    rng, values, errors = np.random.default_rng(0), [], []
+    for _ in range(60):
+        X, Y = (rng.normal(0, 1, (100, 4)).astype(np.float32) for _ in range(2))
+        value, error = evaluate.kernel_distance(X, Y, parts=5)
+        values.append(value)
+        errors.append(error)
+    assert min(values) < 0 < max(values) and abs(np.mean(values)) < 4 * np.std(values) / 60**0.5
+    assert 0.6 < np.mean(errors) / np.std(values) < 1.6
+
+
+def test_evaluate_nearest_neighbours():
+    X, Y = feature_sets(n=1100)  # more than one block
+    distances, indices = evaluate.nearest(X, Y)
+    table = np.linalg.norm(X[:, None] - Y[None], axis=-1)
+    assert np.array_equal(indices.numpy(), table.argmin(1)) and np.allclose(distances.numpy(), table.min(1), atol=1e-4)
+
+
+def test_evaluate_error_of_the_memorised_share_accounts_for_hubs():
+    """Over random halves of one pool, with samples that crowd around a few of its images."""
+    rng, shares, errors = np.random.default_rng(0), [], []
+    pool = rng.normal(size=(100, 6)).astype(np.float32)
+    X = (pool[:8].repeat(50, axis=0) + 0.1 * rng.normal(size=(400, 6))).astype(np.float32)
+    for _ in range(200):
+        a, b = np.array_split(pool[rng.permutation(100)], 2)
+        share, error = evaluate.share_nearer(evaluate.nearest(X, a), evaluate.nearest(X, b))
+        shares.append(share)
+        errors.append(error)
+    assert np.std(shares) == pytest.approx(np.mean(errors), rel=0.2)
+    assert abs(np.mean(shares) - 0.5) < 4 * np.mean(errors) / 200**0.5
+    assert np.mean(errors) > 5 * 0.5 / 400**0.5  # than that of coin tosses
+
+
+def test_evaluate_features_are_cached_by_content(tmp_path):
+    class Network:
+        d, key, calls = 3, "net-1234", 0
+
+        def __call__(self, images):
+            self.calls += 1
+            return images.reshape(len(images), -1)[:, :3].astype(np.float32)
+
+    def features(images):
+        return evaluate.features_of(network, images, "reference", f"{tmp_path}/cifar10-train")
+
+    network, images = Network(), np.arange(5 * 48, dtype=np.uint8).reshape(5, 4, 4, 3)
+    first = features(images)
+    assert np.array_equal(first, images.reshape(5, -1)[:, :3]) and np.array_equal(features(images), first)
+    assert network.calls == 1
+    features(images + 1)
+    network.key = "net-5678"
+    features(images)
+    assert network.calls == 3
+    assert all(name.startswith("cifar10-train-5-net-") for name in os.listdir(tmp_path))
+    for path in tmp_path.glob("*net-5678*"):
+        path.write_bytes(b"cut off")
+    with pytest.raises(UserError, match="damaged"):
+        features(images)
+
+
+def test_evaluate_says_what_it_compares(capfd, real_shapes):
+    flags = (f"--samples={real_shapes}/copied", "--per_class=True")
+    status, text = evaluation(capfd, real_shapes, *flags)
+    assert status == 0, text
+    for said in ("EfficientNet-Lite0, 1280 features", "resized to 32", "100 images in", "train split", "real: test"):
+        assert said in text, said
+    assert "refused" in text and "FID" not in text
+    result = data.read_json(f"{real_shapes}/out/evaluate.json")
+    scores = result["scores"]
+    assert scores["samples"]["fd"] is None and scores["samples"]["n"] == 100
+    assert abs(scores["samples"]["kd"]) < 5 * scores["samples"]["kd_error"]  # the same images, in part
+    assert len(scores) == 2 and "ring: fewer than 20 images in a set" in text
+    found = result["memorisation"]
+    assert found["share"] > 0.55 and (found["train"], found["of"], found["test"]) == (100, 300, 100)
+    assert "every sample a copy: 67%" in text
+    assert all(math.isfinite(s["kd"]) and math.isfinite(s["kd_error"]) for s in scores.values())
+    assert list(pathlib.Path(f"{real_shapes}/kept").glob("real-train-100-lite0-32-*.npy"))
+
+
+def test_evaluate_sees_damage(capfd, real_shapes, tmp_path):
+    images, labels, names = data.load(f"{real_shapes}/real/test")
+    blurred = F.avg_pool2d(torch.from_numpy(np.array(images)).movedim(-1, 1).float(), 4).repeat_interleave(4, 2)
+    blurred = blurred.repeat_interleave(4, 3).byte().movedim(1, -1).numpy()
+    data.write_shards(f"{tmp_path}/blurred", blurred, labels, names)
+    status, text = evaluation(capfd, real_shapes, f"--samples={tmp_path}/blurred", "--n=100")
+    assert status == 0, text
+    samples, real = data.read_json(f"{real_shapes}/out/evaluate.json")["scores"].values()
+    assert samples["kd"] > real["kd"] + 5 * real["kd_error"]
+
+
+def test_evaluate_finds_copied_samples(capfd, real_shapes):
+    status, text = evaluation(capfd, real_shapes, f"--samples={real_shapes}/real/train", "--n=300")
+    assert status == 0 and "100.0% of the samples are nearer" in text
+    result = data.read_json(f"{real_shapes}/out/evaluate.json")
+    scores = result["scores"]["samples"]
+    assert scores["precision"] == scores["recall"] == 1 and abs(scores["kd"]) < 4 * scores["kd_error"]
+    assert os.path.exists(f"{real_shapes}/out/evaluate_nearest.png")
+    flags = (
+        f"--samples={real_shapes}/real/test",
+        "--split=test",
+        "--allow_small_n=True",
+        "--classes=ring,disc",
+        "--per_class=True",
+    )
+    status, text = evaluation(capfd, real_shapes, *flags)
+    assert status == 0, text
+    assert "refused" not in text and " 0.0% of the samples are nearer" in text
+    scores = data.read_json(f"{real_shapes}/out/evaluate.json")["scores"]
+    assert abs(scores["samples"]["fd"]) < 1e-4 < scores["real: train"]["fd"]
+    assert len(scores) == 2 + 4 and scores["samples, disc"]["n"] == 30 and scores["samples, disc"]["precision"] == 1
+
+
+def test_evaluate_grey_and_unlabelled_samples(capfd, real_shapes, tmp_path):
+    write_fashion_mnist(tmp_path, 60)
+    images = data.load("fashion_mnist", data_dir=str(tmp_path))[0]
+    data.write_shards(f"{tmp_path}/rgb", np.repeat(images, 3, axis=-1), None, [])
+    flags = ["--dataset=fashion_mnist", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}", "--resize=32"]
+    flags += [f"--cache_dir={tmp_path}/kept", f"--samples={tmp_path}/rgb", "--device=cpu"]
+    status, text = cli(capfd, "evaluate.py", *flags)
+    assert status == 0, text
+    scores = data.read_json(tmp_path / "evaluate.json")["scores"]
+    assert scores["samples"]["precision"] == 1 and len(scores) == 2  # grey, three times over, is the same grey
+    assert "needs labels" in one_line(cli(capfd, "evaluate.py", *flags, "--per_class=True"))
+
+
+@pytest.mark.parametrize(
+    "flags,said",
+    (
+        ("--n=200", "n=200: there are 100 samples"),
+        ("--n=10", "minimum 20"),
+        ("--features=inception --per_class=True", "only with features=lite0"),
+        ("--features=vgg", "features: 'vgg' is not one of"),
+        ("--features=inception --weights=nowhere.pth", "no weights file"),
+        ("--split=val", "split: 'val' is not one of train, test"),
+        ("--samples=TINY", "images are 8x8"),
+        ("--samples=nowhere", "make them with `python augment.py`"),
+        ("--sampler=ddim", "it is a key of augment.py"),
+    ),
+)
+def test_evaluate_user_errors(flags, said, capfd, real_shapes, shards):
+    flags = flags.replace("TINY", f"{shards}/tiny").split()
+    assert said in one_line(evaluation(capfd, real_shapes, f"--samples={real_shapes}/copied", *flags))
+
+
+def test_evaluate_refuses_splits_of_different_classes(capfd, real_shapes, tmp_path):
+    images, labels, names = data.make_shapes(30, 0)
+    for split, order in (("train", names), ("test", names[::-1])):
+        data.write_shards(f"{tmp_path}/other/{split}", images, labels, order)
+    flags = (f"--dataset={tmp_path}/other", f"--samples={real_shapes}/copied")
+    assert "the splits have different classes" in one_line(evaluation(capfd, real_shapes, *flags))
+
+
+def test_evaluate_inception_download_fails_with_advice(capfd, real_shapes, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    result = evaluation(capfd, real_shapes, f"--samples={real_shapes}/copied", "--features=inception")
+    assert "downloading Inception's weights" in result[1] and "use --weights=PATH" in one_line(result)
 
 
 @pytest.mark.slow
-def test_memory_of_augment_does_not_grow_with_the_number_of_pictures(tmp_path):
-    model = DDPM(DDPMConfig(image_size=64, num_classes=10, arch="cnn", ch=4, ch_mult=(1,), timesteps=2, beta_end=0.999))
-    os.makedirs(tmp_path / "out")
-    ddpm.save_checkpoint(f"{tmp_path}/out/ckpt.pt", checkpoint_of(model))
-    code = "import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    code += "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"  # kB
-    peak = {}
-    for n in (50, 500, 1000):  # 6, 61 and 123 MB of pictures
-        flags = augment_flags(
-            f"{tmp_path}/out", f"{tmp_path}/{n}", per_class=n, shard_size=100, batch_size=100, steps=1
-        )
-        command = [sys.executable, "-c", code, f"{HERE}/augment.py", *flags]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE)
-        peak[n] = int(done.stdout.split("peak ")[1]) / 1024
-    print("\npeak memory of augment.py by pictures per class (64x64):", {n: f"{mb:.0f} MB" for n, mb in peak.items()})
-    assert peak[1000] - peak[50] < 60
+def test_evaluate_fid_end_to_end(capfd, real_shapes, random_inception):
+    flags = [f"--samples={real_shapes}/copied", "--features=inception", f"--weights={random_inception}", "--n=40"]
+    status, text = evaluation(capfd, real_shapes, *flags)
+    assert status == 0 and "no FID of 2048 images or fewer" in text and "kernel_inception_distance_mean" in text
+    assert "frechet" not in text
+    status, text = evaluation(capfd, real_shapes, *flags, "--allow_small_n=True")
+    assert status == 0, text
+    for said in ("Inception-v3", "resized to 299", "40 images in every set", "samples:", "real: test:"):
+        assert said in text, said
+    result = data.read_json(f"{real_shapes}/out/evaluate_inception.json")
+    for key in ("frechet_inception_distance", "inception_score_mean", "kernel_inception_distance_mean", "precision"):
+        assert math.isfinite(result["samples"][key]) and math.isfinite(result["real: test"][key])
+    kept = os.listdir(f"{real_shapes}/kept")
+    assert any(data.file_hash(random_inception)[:8] in name for name in kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# bench.py: what it prints is there and its peers are what they are said to be; how fast anything is, is not tested
+# plot.py
 
-BENCH = "--device=cpu --batch_size=2 --rounds=1 --steps=2 --num_samples=10 --timesteps=15 --image_size=8".split()
+
+@pytest.mark.parametrize("kind", ("schedules", "forward", "loss", "confusion", "data"))
+def test_plot_draws_all_kinds(capfd, shards, trained, tmp_path, kind):
+    from PIL import Image
+
+    matrix = np.eye(3, dtype=int).tolist()
+    runs = [{"arm": a, "test": 0.5, "confusion": matrix, "images": 3} for a in ("real", "synthetic") for _ in "ab"]
+    data.save_json(f"{tmp_path}/classifier.json", {"classes": ["a", "b", "c"], "runs": runs})
+    flags = {
+        "loss": [f"--logs={trained}/log.json,{trained}/log.json"],
+        "forward": [f"--data_dir={shards}"],
+        "data": [f"--data_dir={shards}", "--dataset=fashion_mnist", "--seed=17"],
+    }.get(kind, [])
+    status, text = cli(capfd, "plot.py", kind, f"--out_dir={tmp_path}", *flags)
+    assert status == 0, text
+    image = np.asarray(Image.open(tmp_path / f"plot_{kind}.png").convert("RGB"))
+    assert min(image.shape[:2]) > 250 and image.std() > 20
+    if kind == "confusion":  # two arms; of amounts, three cells, though two have as many images
+        for run, (n_real, n_synthetic) in zip(runs, ((1, 2), (2, 1), (2, 1), (3, 0))):
+            run |= dict(arm="real+synthetic", n_real=n_real, n_synthetic=n_synthetic)
+        data.save_json(f"{tmp_path}/classifier_amounts.json", {"classes": ["a", "b", "c"], "runs": runs})
+        flags = [f"--out_dir={tmp_path}", f"--results={tmp_path}/classifier_amounts.json"]
+        assert cli(capfd, "plot.py", kind, *flags)[0] == 0
+        assert 1.3 < Image.open(tmp_path / "plot_confusion.png").width / image.shape[1] < 1.7
+
+
+def test_plot_noised_images_are_q_samples(tmp_path):
+    import plot
+
+    x0 = torch.rand(3, 4, 4)
+    model = DDPM(DDPMConfig(**(TINY | dict(timesteps=500, beta_end=0.028, image_size=4, ch_mult=(1,)))))
+    eps, ts = torch.randn(x0.shape, generator=ddpm.make_generator(0)), [0, 100, 499]
+    expected = model.q_sample(x0.expand(3, -1, -1, -1), torch.tensor(ts), eps.expand(3, -1, -1, -1))
+    assert torch.allclose(plot.noised(x0, "linear", ts), expected, atol=1e-6)
+
+
+def test_plot_user_errors(capfd, tmp_path):
+    assert "'' is not one of schedules, forward, loss, confusion, data" in one_line(cli(capfd, "plot.py"))
+    assert "'beta' is not one of" in one_line(cli(capfd, "plot.py", "beta"))
+    assert "no log" in one_line(cli(capfd, "plot.py", "loss", f"--out_dir={tmp_path}"))
+    assert "no results" in one_line(cli(capfd, "plot.py", "confusion", f"--out_dir={tmp_path}"))
+    stopped = {key: [] for key in ("step", "train_loss", "val_loss", "val_quarters")}  # before the first evaluation
+    data.save_json(f"{tmp_path}/log.json", stopped)
+    assert cli(capfd, "plot.py", "loss", f"--out_dir={tmp_path}")[0] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bench.py: what it prints, not how fast anything is
 
 
 def test_bench_prints_all_parts(capfd):
-    flags = (*BENCH, "--what=train,sample,augment,scaling,profile", "--ch=8", "--ch_mult=1,2", "--attn_resolutions=")
+    flags = (*BENCH, "--what=train,sample,profile", "--ch=8", "--ch_mult=1,2", "--attn_resolutions=")
     status, text = cli(capfd, "bench.py", "config/shapes.py", *flags)
     assert status == 0, text
-    for said in (
-        "training step, batch 2",
-        "dpm++, 2 steps, w=0.3",
-        "augment, dpm++",
-        "32 pictures, 2 steps",
-        "2 pictures, 8 steps",
-        "peak mem",
-    ):
+    for said in ("training step, batch 2", "dpm++, 2 steps, w=0.3", "convolution_backward", "peak mem", "of 3x3 conv"):
         assert said in text, said
-    assert "convolution_backward" in text and "of 3x3 convolutions" in text
+
+
+def test_bench_user_errors(capfd):
     assert "train, sample" in one_line(cli(capfd, "bench.py", "--what=speed"))
     assert "stands alone" in one_line(cli(capfd, "bench.py", "--what=train,learn"))
-    assert "diffusers has" in one_line(cli(capfd, "bench.py", "--what=augment", "--peer=lucidrains"))
-    few = [flag for flag in flags if not flag.startswith("--num")]
-    line = one_line(cli(capfd, "bench.py", "config/shapes.py", *few, "--what=augment", "--num_samples=9"))
-    assert "num_samples: 9 is less" in line
+    assert "peer: 'jax' is not one of" in one_line(cli(capfd, "bench.py", "--peer=jax"))
+    assert "rounds: 0 must be in [1, inf)" in one_line(cli(capfd, "bench.py", "--rounds=0"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("patch", (1, 2))
-def test_bench_diffusers_is_the_same_network(capfd, patch):
+def test_bench_diffusers_has_the_same_layout(capfd, patch):
     flags = (*BENCH, "--ch=128", f"--patch={patch}", "--ch_mult=1,2", "--num_res_blocks=1", "--samplers=ddim")
     status, text = cli(capfd, "bench.py", "--peer=diffusers", *flags)
     assert status == 0, text
-    assert float(re.search(r"outputs differ by (\S+) of", text)[1]) < 1e-5
-    mine, theirs = re.search(r"nanoDDPM (\S+)M weights, diffusers (\S+)M", text).groups()
-    assert mine == theirs and "x our time" in text
-
-
-def learn(capfd, tmp_path, *flags):
-    """Runs bench.py --what=learn on random pictures: what it said, and {side and steps: what it drew}."""
-    rng, names = np.random.default_rng(0), [f"class {k}" for k in range(10)]
-    data.write_shards(f"{tmp_path}/real", rng.integers(256, size=(50, 8, 8, 3)), np.arange(50) % 10, names)
-    flags = (*BENCH, "--what=learn", f"--dataset={tmp_path}/real", f"--learn_dir={tmp_path}/learned", *flags)
-    status, text = cli(capfd, "bench.py", "config/shapes.py", *flags)
-    assert status == 0, text
-    drawn = {}
-    for side in pathlib.Path(tmp_path, "learned").glob("*-steps"):
-        images, labels, found = data.load(str(side))
-        assert images.shape == (10, 8, 8, 3) and labels.tolist() == list(range(10)) and found == names
-        drawn[side.name] = np.array(images)
-    return text, drawn
+    ours, theirs = re.search(r"nanoDDPM (\S+)M weights, diffusers (\S+)M", text).groups()
+    assert ours == theirs and "x our time" in text
 
 
 def test_bench_learns_for_a_while_and_keeps_what_was_learned(capfd, tmp_path):
     net = ("--ch=8", "--ch_mult=1,2", "--attn_resolutions=")
     text, drawn = learn(capfd, tmp_path, *net, "--minutes=0.02", "--steps=2")
-    steps, pictures = map(int, re.search(r"nanoDDPM: (\d+) steps, (\d+) pictures in 0.02 minutes", text).groups())
-    assert pictures == 2 * steps > 0
+    steps, images = map(int, re.search(r"nanoDDPM: (\d+) steps, (\d+) images in 0.02 minutes", text).groups())
+    assert images == 2 * steps > 0
     text, again = learn(capfd, tmp_path, *net, "--minutes=0.02", "--steps=3")
-    assert "is kept" in text and np.array_equal(drawn["nanoDDPM-2-steps"], again["nanoDDPM-2-steps"])
+    assert "is there and not trained again" in text and np.array_equal(
+        drawn["nanoDDPM-2-steps"], again["nanoDDPM-2-steps"]
+    )
     assert not np.array_equal(again["nanoDDPM-3-steps"], again["nanoDDPM-2-steps"])
     flags = (*BENCH, "--what=learn", f"--dataset={tmp_path}/real", f"--learn_dir={tmp_path}/learned", *net)
     line = one_line(cli(capfd, "bench.py", "config/shapes.py", *flags, "--minutes=0.01"))
-    assert "nanoDDPM.pt: minutes was 0.02, not 0.01" in line
+    assert "nanoDDPM.pt was trained with minutes=0.02, not 0.01" in line
 
 
 @pytest.mark.slow
