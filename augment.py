@@ -73,10 +73,8 @@ rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 device, amp_dtype, use_compile = setup_device(device, dtype, use_compile)
 model, info = open_model(out_dir, ema, device, amp_dtype)
 names = list(model.config.class_names) or [str(k) for k in range(model.K)]
-labels = class_ids(classes, names) if classes else list(range(max(1, model.K)))
+labels = class_ids(classes, names, unique=True) if classes else list(range(max(1, model.K)))
 C = len(labels)
-if len(set(labels)) < C or C == 0:
-    raise UserError(f"classes={classes} names a class twice, or none")
 w = resolve_guidance(w, guidance_scale, 1.0, model)
 sampling = dict(w=w, interval=list(interval) if w > 0 else [], seed=seed, sampler=sampler, steps=steps, eta=eta)
 sampling |= dict(clip_x0=clip_x0, variance=variance)

@@ -2,12 +2,12 @@
 
 python bench.py                                         training step and sampling of the default recipe
 python bench.py config/cifar_small.py                   of any other
-python bench.py --peer=diffusers --batch_size=16        beside a network of the same layout in diffusers (extra `bench`)
-python bench.py --peer=lucidrains --batch_size=16       beside denoising-diffusion-pytorch, a small U-Net
+python bench.py --peer=diffusers --batch_size=16        against the same layout in diffusers (extra `bench`)
+python bench.py --peer=lucidrains --batch_size=16       against denoising-diffusion-pytorch, a small U-Net
 python bench.py --what=profile                          where the time of a training step goes
 python bench.py config/cifar_small.py --what=learn --peer=lucidrains   what each has learned after so many minutes
 
-Peers run as their documentation shows. diffusers: UNet2DModel, AdamW, clipping, EMAModel, its schedulers' loop with
+Peers are used as in their documentation. diffusers: UNet2DModel, AdamW, clipping, EMAModel, its schedulers' loop with
 both branches of the guidance in one batch. lucidrains: GaussianDiffusion with Adam and EMA. All sides get the same
 batch, dtype and compiler. `learn` trains each on the real data set with its own network, schedule and learning rate,
 and samples all of them with our sampler, unguided. Networks that are in learn_dir already are not trained again, so
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from configurator import configure, defaults_of, dtype_name, progress, setup_device
 from data import Batches, load, training_count, write_shards
-from ddpm import DDPM, EMA, DDPMConfig, UserError, check_choice, learning_rate
+from ddpm import DDPM, EMA, DDPMConfig, UserError, atomic_write, check_choice, learning_rate, make_optimizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 peer = ""  # diffusers or lucidrains
@@ -93,15 +93,14 @@ def make_batches():
 
 
 class Ours:
-    """train.py's step (gathering, flips and label dropout included) and DDPM's samplers."""
+    """train.py's step (gathering, flips and label dropout included; no grad_accum, no float16 scaler); our samplers."""
 
     def __init__(self):
         args = {key: config[key] for key in DDPMConfig.__dataclass_fields__ if key in config}
         args |= dict(image_size=size, channels=channels, num_classes=K, class_names=names)
         self.model, self.step = DDPM(DDPMConfig(**args)).to(s.device), 0
         self.model.amp_dtype = amp_dtype
-        how = dict(lr=s.lr, weight_decay=s.weight_decay, fused=not s.device.startswith("mps"))
-        self.optimizer, self.ema = torch.optim.AdamW(self.model.parameters(), **how), EMA(self.model, s.ema_decay)
+        self.optimizer, self.ema = make_optimizer(self.model, s.lr, s.weight_decay), EMA(self.model, s.ema_decay)
         if use_compile:
             self.model.net.compile(dynamic=False)
 
@@ -379,11 +378,13 @@ def bench_learn(sides):
                 for group in side.optimizer.param_groups:
                     group["lr"] = side.lr_at(side.step, side.step / share)
                 side.train()
+                synchronize()
                 share = (time.time() - start) / (60 * s.minutes)
                 progress(name, min(share, 1), start)
             print(f"{name}: {side.step} steps, {side.step * s.batch_size} images in {s.minutes:g} minutes", flush=True)
             side.average()
-            torch.save(dict(settings=learned_with, model=side.model.state_dict()), path)
+            with atomic_write(path) as f:
+                torch.save(dict(settings=learned_with, model=side.model.state_dict()), f)
         side.model.eval()  # a peer's network is not part of its sampler()
         y = torch.arange(s.num_samples) % K
         how = dict(seed=s.seed, sampler="dpm++", steps=s.steps)
@@ -409,7 +410,7 @@ sides = {"nanoDDPM": Ours()}
 if s.peer:
     sides[s.peer] = PEERS[s.peer]()
 counts = [
-    f"{name} {sum(p.numel() for p in side.model.parameters()) / 1e6:.2f}M weights" for name, side in sides.items()
+    f"{name} {sum(p.numel() for p in side.model.parameters()) / 1e6:.2f}M parameters" for name, side in sides.items()
 ]
 how = f"{dtype_name(amp_dtype)}, {'compiled' if use_compile else 'eager'}, torch {torch.__version__}"
 print(f"{s.device}, {how}, {torch.get_num_threads()} threads; {', '.join(counts)}; medians of {s.rounds}", flush=True)

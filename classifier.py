@@ -7,7 +7,7 @@ python classifier.py --amounts=1000,5000,45000     accuracy by number of real an
 
 Layers, loss and optimisers are written out, forward and backward; autograd is off, torch only multiplies matrices.
 For each seed all arms have the same initial weights, number of updates and validation images. The validation images
-choose the update to stop at; the test images are used once.
+decide when to stop (early stopping); each classifier sees the test images once.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from configurator import configure, dtype_name, setup_device
-from data import Batches, balanced, fingerprint, load, load_splits, read_json, save_json, training_count
+from data import Batches, balanced, fingerprint, load_samples, load_splits, read_json, save_json, training_count
 from ddpm import UserError, check_choice, check_range, learning_rate, make_generator, to_float
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -36,7 +36,9 @@ synthetic_dir = ""  # shards of augment.py; default out_dir/synthetic
 n_real = 0  # real training images, the same number of each class; 0: all
 n_synthetic = 0  # synthetic ones; 0: all
 # the comparison
-arms = "real,real+synthetic,synthetic,real+real"  # real+real, the control: as many images as real+synthetic, none new
+arms = (
+    "real,real+synthetic,synthetic,real+real"  # real+real, the control: as many images as real+synthetic, but none new
+)
 seeds = 5  # runs of each arm
 seed = 0  # the first of them
 amounts = ()  # numbers of real images: a table over them and the ratios, instead of the arms
@@ -77,7 +79,7 @@ class Linear:
         return self.x @ W + b
 
     def backward(self, dy):
-        """dW = x^T dy, db = dy summed over the batch; returns dx = dy W^T, or None if nobody needs it."""
+        """dW = x^T dy, db = dy summed over the batch; returns dx = dy W^T, or None for the first layer."""
         dy = dy.to(self.dtype)
         self.dW, self.db = (self.x.T @ dy).to(self.W.dtype), dy.sum(0).to(self.W.dtype)
         return dy @ self.W.to(self.dtype).T if self.needs_dx else None
@@ -297,8 +299,12 @@ def verdict(runs, names):
     )
     if len(base) < 2:
         return text + "One seed cannot tell whether that is chance."
-    signs = {0 if abs(mean) <= half else math.copysign(1, mean) for mean, half in changes.values()}
-    text += {(1,): "Synthetic data helped.", (-1,): "Synthetic data hurt."}.get(tuple(signs), "No effect was shown.")
+    if all(mean > half for mean, half in changes.values()):
+        text += "Synthetic data helped."
+    elif all(mean < -half for mean, half in changes.values()):
+        text += "Synthetic data hurt."
+    else:
+        text += "No effect was shown" + (" in both comparisons." if len(changes) > 1 else ".")
     by_class = {name: difference(arm, base, recall(k)) for k, name in enumerate(names)}
     for word, sign in (("better", 1), ("worse", -1)):
         listed = [f"{name} {mean:+.1f}" for name, (mean, half) in by_class.items() if sign * mean > half]
@@ -346,13 +352,11 @@ def arm_images(arm, real, synthetic, n_real, n_synthetic, seed):
     return [np.concatenate([pair[i][index] for pair, index in parts[arm]]) for i in range(2)]
 
 
-def load_synthetic(folder, names, shape, val_images):
+def load_synthetic(folder, names, real_images, val_images):
     """((images, labels), the manifest of augment.py or {}, a note or "") of a synthetic set."""
-    if not os.path.isdir(folder):
-        raise UserError(f"no synthetic images in {folder}: make them with `python augment.py`, or use --arms=real")
-    images, labels, _ = load(folder, classes=names)
-    if images.shape[1:] != shape:
-        raise UserError(f"{folder}: images {images.shape[1:]}, expected {shape}")
+    images, labels = load_samples(folder, real_images, names, data_dir)
+    if labels is None or images.shape[1:] != real_images.shape[1:]:
+        raise UserError(f"{folder}: images {images.shape[1:]}, expected {real_images.shape[1:]} with labels")
     if not os.path.exists(f"{folder}/manifest.json"):
         return (images, labels), {}, ""
     manifest = {key: value for key, value in read_json(f"{folder}/manifest.json").items() if key != "shards"}
@@ -369,7 +373,7 @@ def amounts_table(run, n_train, n_synthetic):
             count = round(ratio * n)
             title = f"{n:6d} real + {count:6d} synthetic ({ratio:g}x)"
             if count > n_synthetic or (ratio and count == 0):
-                print(f"{title}: not run, there are {n_synthetic} synthetic images")
+                print(f"{title}: not run, it takes 1 to {n_synthetic} synthetic images")
                 continue
             cell = [run("real+synthetic" if ratio else "real", k, n, count) for k in range(seed, seed + seeds)]
             base = base or cell
@@ -400,7 +404,7 @@ def main(config):
     real, val_images, val_labels = (images[:n_train], labels[:n_train]), images[n_train:], labels[n_train:]
     synthetic, manifest, note = [a[:0] for a in real], {}, ""
     if amounts or chosen != ["real"]:
-        synthetic, manifest, note = load_synthetic(folder, names, images.shape[1:], val_images)
+        synthetic, manifest, note = load_synthetic(folder, names, images, val_images)
     content = dict(config=config, classes=names, device=on, torch=torch.__version__, synthetic=manifest, runs=[])
     path = os.path.join(out_dir, "classifier_amounts.json" if amounts else "classifier.json")
     os.makedirs(out_dir, exist_ok=True)
@@ -450,6 +454,8 @@ def main(config):
 
 if __name__ == "__main__":
     ranges = dict.fromkeys(("seeds", "batch_size", "max_iters", "eval_interval"), "[1, inf)")
-    ranges |= dict.fromkeys(("n_real", "n_synthetic", "shift", "seed", "weight_decay", "warmup_iters"), "[0, inf)")
+    ranges |= dict.fromkeys(
+        ("n_real", "n_synthetic", "shift", "seed", "weight_decay", "warmup_iters", "image_size"), "[0, inf)"
+    )
     ranges |= dict(val_fraction="(0, 1)", dropout="[0, 1)", lr="(0, inf)", min_lr="[0, inf)")
     main(configure(globals(), ranges)[0])

@@ -1,4 +1,4 @@
-"""Settings of a flat script, overridden by config files and flags; and what the scripts share in resolving them.
+"""Settings of a flat script, overridden by config files and flags, and helpers that the scripts share.
 
     python train.py config/shapes.py --batch_size=32 --ch_mult=1,2,2
 
@@ -30,7 +30,7 @@ def settings_in(script):
     """{key: (default, comment)}, both as text, of the block of settings that opens a script; {} if there is none."""
     with open(script, encoding="utf-8") as f:
         parts = re.split(r"^# -{100,}\n", f.read(), maxsplit=2, flags=re.M)
-    block = parts[1] if len(parts) == 3 and script != __file__ else ""
+    block = parts[1] if len(parts) == 3 else ""
     return {
         key: (default, comment) for key, default, comment in re.findall(r"^(\w+) = (.+?)(?:  # (.*))?$", block, re.M)
     }
@@ -76,7 +76,7 @@ def parse(text, kind):
 
 
 def run_config(path):
-    """Executes a config file: {key: (value, where it stands)}. Raises UserError."""
+    """Executes a config file: {key: (value, "file:line")}. Raises UserError."""
     found = next((p for p in (path, os.path.join(HERE, path)) if os.path.isfile(p)), None)
     if found is None:
         raise UserError(f"no config file {path!r} (settings are written as --key=value)")
@@ -110,7 +110,7 @@ def configure(namespace, ranges=None, **optional):
     def set_key(key, value, where, reader):
         if key not in kinds:
             raise UserError(f"{where}: unknown key {key!r}: {hint(key, list(kinds))}")
-        if defaults[key] == "auto" and isinstance(value, bool):
+        if kinds[key] is str and isinstance(value, bool):
             value = str(value)  # use_compile = True in a config file
         try:
             none = key in optional and value in (None, "None", "none")
@@ -150,7 +150,7 @@ def print_help(doc, defaults, optional):
 def print_user_error(kind, error, trace):
     """The excepthook of the scripts: one line and exit status 2 for an error that the user can fix."""
     if issubclass(kind, torch.OutOfMemoryError):
-        error = "out of memory: lower batch_size, ch or image_size, or raise grad_accum"
+        error = "out of memory: lower batch_size (in training, raise grad_accum to keep the batch)"
     elif kind is KeyboardInterrupt:
         error = "interrupted"
     elif not issubclass(kind, UserError):
@@ -176,7 +176,7 @@ def progress(title, share, start):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# settings that several scripts have
+# models and devices
 
 
 def open_model(out_dir, ema, device, amp_dtype):
@@ -231,7 +231,7 @@ def setup_device(device="auto", dtype="auto", use_compile="auto"):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     kind, _, index = device.partition(":")
-    check_choice("device", kind, ("auto", "cuda", "mps", "cpu"))
+    check_choice("device", kind, ("cuda", "mps", "cpu"))
     check_choice("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
     check_choice("use_compile", str(use_compile), ("auto", "True", "False"))
     on_gpu = (index or "0").isdigit() and int(index or 0) < torch.cuda.device_count()

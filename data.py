@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -150,9 +151,9 @@ def read_shards(folder):
 
 
 def make_shapes(n, seed, size=32):
-    """Ten classes of coloured shapes on dark grounds: images (n, size, size, 3), labels (n,), names.
+    """Ten classes of coloured shapes on dark backgrounds: images (n, size, size, 3), labels (n,), names.
 
-    Position, radius, hue (one of six), brightness and ground vary. An image is an antialiased signed distance.
+    Position, radius, hue (one of six), brightness and background vary. An image is an antialiased signed distance.
     """
     names = ["disc", "ring", "square", "frame", "triangle", "diamond", "plus", "cross", "hbars", "vbars"]
     rng = np.random.default_rng(seed)
@@ -183,8 +184,8 @@ def make_shapes(n, seed, size=32):
         ]
         alpha = np.clip(0.5 - np.choose(k, [np.broadcast_to(d, (b, size, size)) for d in distances]), 0, 1)[..., None]
         colour = hues[rng.integers(6, size=b)] * rng.uniform(0.75, 1, (b, 1)) * rng.uniform(0.9, 1, (b, 3))
-        ground = rng.uniform(0, 0.25, (b, 1, 1, 1)) * rng.uniform(0.8, 1, (b, 1, 1, 3))
-        images[start : start + b] = np.round(255 * (alpha * colour[:, None, None] + (1 - alpha) * ground))
+        background = rng.uniform(0, 0.25, (b, 1, 1, 1)) * rng.uniform(0.8, 1, (b, 1, 1, 3))
+        images[start : start + b] = np.round(255 * (alpha * colour[:, None, None] + (1 - alpha) * background))
     return images, labels, names
 
 
@@ -226,6 +227,8 @@ def download(dataset, data_dir, split, size):
     """One split of a torchvision data set, downloaded unless its files are there: (images, labels, names)."""
     import torchvision
 
+    if dataset == "flowers102" and not find_spec("scipy"):
+        raise UserError("flowers102 needs `pip install '.[flowers]'`")
     kind, _, by_hand = TORCHVISION[dataset]
     which = {"split": split} if dataset == "flowers102" else {"train": split == "train"}
     try:
@@ -237,10 +240,8 @@ def download(dataset, data_dir, split, size):
         ) from None
     if dataset == "flowers102":  # jpg files, sorted by class
         order = shuffled(range(len(source)))
-        images, labels = (
-            np.stack([resize_and_crop(source[k][0], size) for k in order]),
-            np.asarray(source._labels)[order],
-        )
+        images = np.stack([resize_and_crop(source[k][0], size) for k in order])
+        labels = np.asarray(source._labels)[order]
     else:
         images, labels = np.asarray(source.data), np.asarray(source.targets)
         images = images if images.ndim == 4 else images[..., None]
@@ -284,7 +285,9 @@ def load(dataset, split="train", data_dir="data", image_size=0, classes=""):
         return None, None, []
     images, labels, names = read_shards(folder)
     if images.shape[1] != images.shape[2] or image_size not in (0, images.shape[1]):
-        raise UserError(f"{folder}: images are {images.shape[1]}x{images.shape[2]}, wanted {image_size or 'a'} square")
+        raise UserError(
+            f"{folder}: images are {images.shape[1]}x{images.shape[2]}, expected squares of {image_size or 'any size'}"
+        )
     return select(images, labels, names, classes)
 
 
@@ -295,15 +298,11 @@ def builtin_folder(dataset, split, data_dir, image_size):
     if size != own_size and dataset != "flowers102":
         raise UserError(f"image_size: {dataset} is {own_size}x{own_size}, not {size}: leave image_size out")
     root = os.path.join(data_dir, dataset if size == own_size else f"{dataset}-{size}")
-    for name in ("train", "test"):
-        if not shard_files(f"{root}/{name}", "images"):
-            train = name == "train"
-            made = (
-                make_shapes(50000 if train else 10000, 0 if train else 1)
-                if dataset == "shapes"
-                else download(dataset, data_dir, name, size)
-            )
-            cache(f"{root}/{name}", *made)
+    for name, n, seed in (("train", 50000, 0), ("test", 10000, 1)):
+        if shard_files(f"{root}/{name}", "images"):
+            continue
+        content = make_shapes(n, seed) if dataset == "shapes" else download(dataset, data_dir, name, size)
+        cache(f"{root}/{name}", *content)
     return f"{root}/{split}"
 
 
@@ -338,8 +337,26 @@ def load_splits(dataset, data_dir="data", image_size=0, classes=""):
     return train, test, names
 
 
-def class_ids(classes, names):
-    """'cat,frog' or '3,6' or a list of names -> a list of labels. Raises UserError for an unknown or repeated class."""
+def load_samples(folder, like, names, data_dir="data"):
+    """Generated images of a folder, to compare with real images `like` (N, H, W, C): (images, labels or None).
+
+    Labels are renumbered to fit names. Raises UserError if the size differs or a class has no images.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"no images in {folder}: make them with `python augment.py`, or name another folder")
+    images, labels, own_names = load(os.path.abspath(folder), "train", data_dir, like.shape[1])
+    if labels is not None and names:
+        images, labels, _ = select(images, labels, own_names, names)
+        if missing := sorted(set(range(len(names))) - set(labels.tolist())):
+            raise UserError(f"{folder}: no images of {', '.join(names[k] for k in missing)}: use --classes")
+    return images, labels
+
+
+def class_ids(classes, names, unique=False):
+    """'cat,frog' or '3,6' or a list of names -> a list of labels. Raises UserError for an unknown class.
+
+    unique: also for a repeated one, or none.
+    """
     ids = []
     for name in filter(None, map(str.strip, classes.split(","))) if isinstance(classes, str) else classes:
         if name in names:
@@ -350,6 +367,8 @@ def class_ids(classes, names):
             near = difflib.get_close_matches(name, names, n=1)
             also = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names) or 'no classes'}"
             raise UserError(f"classes: unknown class {name!r}: {also}")
+    if unique and (not ids or len(set(ids)) < len(ids)):
+        raise UserError(f"classes={classes} names a class twice, or none")
     return ids
 
 
@@ -357,11 +376,9 @@ def select(images, labels, names, classes):
     """Keeps the given classes ('': all), renumbered 0, 1, … in that order."""
     if not classes:
         return images, labels, names
-    ids = class_ids(classes, names)
+    ids = class_ids(classes, names, unique=True)
     if labels is None:
         raise UserError(f"classes={classes}: these images have no labels")
-    if len(set(ids)) < len(ids):
-        raise UserError(f"classes={classes} names a class twice")
     new = np.full(len(names), -1, dtype=np.int64)
     new[ids] = np.arange(len(ids))
     kept = np.flatnonzero(new[labels] >= 0)
@@ -385,7 +402,7 @@ def balanced(labels, n, seed):
     Raises UserError if there are fewer than n.
     """
     if n > len(labels):
-        raise UserError(f"{n} images were asked for, but there are {len(labels)}")
+        raise UserError(f"{n} images requested, only {len(labels)} available")
     if n == 0:
         return np.arange(len(labels))
     order = np.random.default_rng(seed).permutation(len(labels))
@@ -442,12 +459,12 @@ class Batches:
         N, H, W, C = self.images.shape
         if not (self.hflip or self.shift):
             return self.images[index]
-        rows, columns = (  # of the source, (b, H) and (b, W)
-            (torch.arange(n, device=index.device) + (d * (2 * self.shift + 1)).long()[:, None] - self.shift).clamp(
-                0, n - 1
-            )
-            for n, d in ((H, dy), (W, dx))
-        )
+
+        def shifted(n, d):  # positions 0..n-1 in the source, (b, n)
+            offset = (d * (2 * self.shift + 1)).long()[:, None] - self.shift
+            return (torch.arange(n, device=index.device) + offset).clamp(0, n - 1)
+
+        rows, columns = shifted(H, dy), shifted(W, dx)
         if self.hflip:
             columns = torch.where(flip[:, None], W - 1 - columns, columns)
         pixels = ((index * H)[:, None, None] + rows[:, :, None]) * W + columns[:, None, :]

@@ -2,7 +2,7 @@
 
     from ddpm import DDPM, DDPMConfig
     model = DDPM(DDPMConfig(num_classes=10))
-    loss = model(x0, y).mean()                          # x0 (B, C, H, W) float in [-1, 1], y (B,) in 0..K-1
+    loss = model(x0, model.drop_labels(y)).mean()       # x0 (B, C, H, W) float in [-1, 1], y (B,) in 0..K-1
     x0 = model.sample(torch.tensor([3, 3, 5]), w=1.8)   # three images: two of class 3, one of class 5
 
 Notation, as in the papers:
@@ -47,7 +47,7 @@ def check_choice(name, value, choices):
 
 
 def check_range(name, value, interval):
-    """Raises UserError unless value lies in an interval such as "[0, 1)". nan lies in none."""
+    """Raises UserError unless value lies in an interval such as "[0, 1)". NaN lies in none."""
     low, high = map(float, interval[1:-1].split(","))
     inside = isinstance(value, (int, float)) and low <= value <= high
     if not inside or (value == low and interval[0] == "(") or (value == high and interval[-1] == ")"):
@@ -60,7 +60,7 @@ def check_range(name, value, interval):
 
 @dataclass
 class DDPMConfig:
-    """Everything needed to rebuild a model. The defaults are the default recipe, 38M weights."""
+    """Everything needed to rebuild a model. The defaults are the default recipe, 38M parameters."""
 
     image_size: int = 32  # images are square
     channels: int = 3
@@ -92,8 +92,10 @@ class DDPMConfig:
             check_range(name, getattr(self, name), "[1, inf)")
         check_range("p_uncond", self.p_uncond, "[0, 1]")
         check_range("dropout", self.dropout, "[0, 1)")
-        if not self.ch_mult or min(self.ch_mult) < 1 or self.ch % 2:
-            raise UserError(f"ch_mult={self.ch_mult}, ch={self.ch}: multiples must be at least 1 and ch even")
+        if not self.ch_mult or not all(type(m) is int and m > 0 for m in self.ch_mult) or self.ch % 2:
+            raise UserError(
+                f"ch_mult={self.ch_mult}, ch={self.ch}: multiples must be whole numbers above 0 and ch even"
+            )
         halvings = len(self.ch_mult) - (self.arch == "unet")  # the U-Net's first level keeps the resolution
         if self.image_size % (unit := self.patch * 2**halvings):
             raise UserError(
@@ -113,6 +115,8 @@ def make_betas(schedule, T, beta_start, beta_end):
     s = 0.008 and betas clipped at 0.999; it ignores beta_start and beta_end.
     """
     check_choice("schedule", schedule, SCHEDULES)
+    check_range("beta_start", beta_start, "[0, 1)")
+    check_range("beta_end", beta_end, "[0, 1)")
     if schedule == "linear":
         betas = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
     elif schedule == "quadratic":
@@ -126,8 +130,8 @@ def make_betas(schedule, T, beta_start, beta_end):
         betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     if not bool(((betas > 0) & (betas < 1)).all()):
         raise UserError(
-            f"schedule {schedule}: betas run from {betas.min():.3g} to {betas.max():.3g} but must lie between 0 and 1: "
-            f"change beta_start={beta_start:g} or beta_end={beta_end:g}"
+            f"schedule {schedule} with beta_start={beta_start:g} and beta_end={beta_end:g}: betas run from "
+            f"{betas.min():.3g} to {betas.max():.3g} but must lie between 0 and 1"
         )
     return betas
 
@@ -250,7 +254,7 @@ class Dropout(nn.Dropout):
 
 
 class Attention(nn.Module):
-    """Self-attention over the positions of a feature map, with heads of 64 channels (one head for odd widths)."""
+    """Self-attention over the positions of a feature map, in heads of 64 channels (one head for other widths)."""
 
     def __init__(self, ch):
         super().__init__()
@@ -430,10 +434,9 @@ class DDPM(nn.Module):
         abar = torch.cumprod(1 - betas, dim=0)
         self.abar = abar.tolist()  # float64, for the samplers
         warn_if_signal_remains(self.T, config.beta_start, config.beta_end, self.abar[-1])
-        tables = dict(
-            betas=betas, alphas_bar=abar, loss_weight=loss_weights(config.weighting, config.objective, betas, abar)
-        )
+        tables = dict(betas=betas, alphas_bar=abar)
         tables["q_var"] = 1 - abar  # computed in float64: in float32 it would lose digits at small t
+        tables["loss_weight"] = loss_weights(config.weighting, config.objective, betas, abar)
         for name, table in tables.items():
             self.register_buffer(name, table.to(torch.get_default_dtype()), persistent=False)
 
@@ -485,7 +488,7 @@ class DDPM(nn.Module):
     def forward(self, x0, y=None, t=None, eps=None):
         """The loss of each image, (B,): its mean over the values of the image, times the weight of its t.
 
-        x0 (B, C, H, W) in [-1, 1]; y (B,) labels, None for an unconditional model; t and eps are drawn by default.
+        x0 (B, C, H, W) in [-1, 1]; y (B,) labels, None for an unconditional model; t and eps: both, or drawn here.
         Labels are not dropped here: training calls `drop_labels` first. Raises UserError for a wrong image shape.
         """
         if tuple(x0.shape[1:]) != self.shape:
@@ -525,10 +528,10 @@ class DDPM(nn.Module):
     # sampling
 
     def sampler_timesteps(self, steps=None):
-        """The timesteps that a sampler visits, falling from T-1; all T by default.
+        """The timesteps that a sampler visits, decreasing from T-1; all T by default.
 
-        Evenly spaced in sigma^(1/7) ([8] eq. 5), from the schedule's last sigma (at most 80) down to 0.03, from where
-        x0_hat is the image. Raises UserError unless 1 <= steps <= T.
+        Evenly spaced in sigma^(1/7) ([8] eq. 5), from the schedule's last sigma (at most 80) down to 0.03; the last
+        step jumps from there to x0_hat. Raises UserError unless 1 <= steps <= T.
         """
         steps = self.T if steps is None else steps
         check_range("steps", steps, f"[1, {self.T}]")
@@ -572,7 +575,7 @@ class DDPM(nn.Module):
         indices[i] of the seed, default 0..B-1. sampler: `ddpm` ([1] alg. 2, with `posterior` or `beta` variance),
         `ddim` ([4]; eta = 0 adds no noise, eta = 1 equals ddpm) or `dpm++` ([6], second-order multistep).
         steps: how many of the T steps, default all. interval: (low, high), guide only while sigma_t is in between
-        ([9]); the other steps cost half. on_step(i, xt, x0_hat) is called after each step.
+        ([9]; for w > 0); the other steps cost half. on_step(i, xt, x0_hat) is called after each step.
         Raises UserError for labels or settings that do not fit the model.
         """
         if y is None and indices is None:
@@ -602,9 +605,10 @@ class DDPM(nn.Module):
                     xt = abar_s**0.5 * x0_hat + (1 - abar_s - std**2) ** 0.5 * eps_hat  # [4] eq. 12
                     xt = xt + std * noise() if eta else xt
                 else:
-                    h = math.log(sigma_of(abar_t) / sigma_of(abar_s))  # step in lambda = -log sigma
+                    # [6] alg. 2 with h the step in lambda = -log sigma and 1 / (2 r) = h / (2 h_prev)
+                    h = math.log(sigma_of(abar_t) / sigma_of(abar_s))
                     D = x0_hat if x0_prev is None else x0_hat + h / (2 * h_prev) * (x0_hat - x0_prev)
-                    xt = ((1 - abar_s) / (1 - abar_t)) ** 0.5 * xt - abar_s**0.5 * math.expm1(-h) * D  # [6] alg. 2
+                    xt = ((1 - abar_s) / (1 - abar_t)) ** 0.5 * xt - abar_s**0.5 * math.expm1(-h) * D
                     x0_prev, h_prev = x0_hat, h
                 if on_step:
                     on_step(i, xt, x0_hat)
@@ -624,7 +628,7 @@ class DDPM(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# training: learning rate and averaged weights
+# training: learning rate, optimiser and averaged weights
 
 
 def learning_rate(step, max_iters, lr, min_lr, warmup_iters):
@@ -633,6 +637,14 @@ def learning_rate(step, max_iters, lr, min_lr, warmup_iters):
         return lr * (step + 1) / (warmup_iters + 1)
     progress = (step - warmup_iters) / max(1, max_iters - 1 - warmup_iters)
     return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(model, lr, weight_decay):
+    """AdamW, without weight decay on biases and norms."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, fused=matrices[0].device.type != "mps")
 
 
 class EMA:
@@ -679,11 +691,17 @@ class EMA:
 @contextlib.contextmanager
 def atomic_write(path):
     """Opens a temporary file for writing and renames it to `path` at the end: `path` is whole at any moment."""
-    with open(f"{path}.tmp", "wb") as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
 
 
 def load_checkpoint(path):

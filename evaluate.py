@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import configure, progress, setup_device
-from data import balanced, file_hash, fingerprint, load, load_array, load_splits, save_json, select, tile
+from data import balanced, file_hash, fingerprint, load_array, load_samples, load_splits, save_json, tile
 from ddpm import UserError, atomic_write, check_choice, to_float
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,8 +144,8 @@ def nearest(X, Y):
 def share_nearer(near, far):
     """(share, error) of the samples that are nearer to the first set than to the second, from `nearest` in each.
 
-    error: the standard deviation if chance had dealt the real images to the two sets. It is far above that of as many
-    coin tosses, because few real images are the nearest of many samples.
+    error: the standard deviation if the real images were split into the two sets at random. It is larger than a
+    binomial error, because a few real images are the nearest ones of many samples.
     """
     first = near[0] < far[0]
     closest = torch.where(first, near[1], far[1] + near[1].max() + 1)
@@ -245,11 +245,9 @@ def main(config):
     check_choice("features", features, ("lite0", "inception"))
     check_choice("split", split, ("train", "test"))
     if features == "inception" and per_class:
-        raise UserError("per_class: only with features=lite0")
+        raise UserError("per_class needs features=lite0")
     on, _, _ = setup_device(device, "float32", False)
     folder = samples or os.path.join(out_dir, "synthetic")
-    if not os.path.isdir(folder):
-        raise UserError(f"no samples in {folder}: make them with `python augment.py`, or use --samples=FOLDER")
 
     # Three sets: the real reference, other real images to compare with, and the samples.
     train, test, names = load_splits(dataset, data_dir, image_size, classes)
@@ -262,9 +260,7 @@ def main(config):
         train, test = ([None if a is None else a[half] for a in train] for half in np.array_split(order, 2))
         other = "other half of train"
     reference, control = (train, test) if split == "train" else (test, train)
-    images, labels, own_names = load(folder, image_size=reference[0].shape[1], data_dir=data_dir)
-    if labels is not None and names:
-        images, labels, _ = select(images, labels, own_names, names)
+    images, labels = load_samples(folder, reference[0], names, data_dir)
     if per_class and any(y is None for y in (labels, reference[1], control[1])):
         raise UserError("per_class needs labels of the samples and of the real images")
     sizes = [len(images), len(reference[0]), len(control[0])]

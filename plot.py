@@ -200,14 +200,15 @@ def plot_data():
 PLOTS = dict(schedules=plot_schedules, forward=plot_forward, loss=plot_loss, confusion=plot_confusion, data=plot_data)
 
 if __name__ == "__main__":
-    what = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
-    configure(globals(), dict(timesteps="[1, inf)", dpi="[1, inf)"))
-    check_choice("plot.py WHAT", what, PLOTS)
+    WHAT = next((arg for arg in sys.argv[1:] if not arg.startswith("-")), "")
+    sys.argv = [arg for arg in sys.argv if arg != WHAT]
+    configure(globals(), dict(timesteps="[1, inf)", dpi="[1, inf)", image_size="[0, inf)"))
+    check_choice("plot.py WHAT", WHAT, PLOTS)
     try:
-        figure = PLOTS[what]()
+        figure = PLOTS[WHAT]()
     except ImportError:
         raise UserError("plot.py needs matplotlib: `pip install '.[plot]'`") from None
     os.makedirs(out_dir, exist_ok=True)
-    path = os.path.join(out_dir, f"plot_{what}.png")
+    path = os.path.join(out_dir, f"plot_{WHAT}.png")
     figure.savefig(path, dpi=dpi, bbox_inches="tight")
     print(f"wrote {path}")

@@ -36,7 +36,7 @@ rows = ""  # key=value,value,…: a row per value
 columns = ""  # key=value,value,…: a column per value
 device = "auto"  # cuda, mps, cpu
 dtype = "auto"  # float32, bfloat16, float16
-use_compile = "False"  # True pays on a GPU for many images
+use_compile = "False"  # True is worth it on a GPU for many images
 # ---------------------------------------------------------------------------------------------------------------------
 ranges = dict(num_samples="[0, inf)", batch_size="[1, inf)", steps="[0, inf)")
 config, given = configure(globals(), ranges, w=float, guidance_scale=float)
@@ -44,7 +44,7 @@ COMPARED = ("w", "guidance_scale", "sampler", "steps", "eta", "variance", "clip_
 device, amp_dtype, use_compile = setup_device(device, dtype, use_compile)
 models = {}
 if gif and (rows or columns):
-    raise UserError("gif: not with rows= or columns=")
+    raise UserError("gif cannot be combined with rows or columns")
 
 
 def get_model(ema):
@@ -62,11 +62,12 @@ def values_of(name, text):
         return [("", {})]
     key, _, values = text.partition("=")
     check_choice(f"{name}=KEY=VALUE,VALUE", key, COMPARED)
-    kind, settings = type(config[key]) if key not in ("w", "guidance_scale") else float, []
+    guidance = key in ("w", "guidance_scale")
+    kind, settings = float if guidance else type(config[key]), []
     for value in values.split(","):
         try:
-            changes = {"w": None, "guidance_scale": None} if kind is float and key != "eta" else {}
-            settings.append((f"{key}={value}", changes | {key: parse(value, kind)}))
+            others = {"w": None, "guidance_scale": None} if guidance else {}
+            settings.append((f"{key}={value}", others | {key: parse(value, kind)}))
         except TypeError:
             raise UserError(f"{name}: {value!r} is not of type {kind.__name__}, which {key} is") from None
     return settings
@@ -105,9 +106,13 @@ names = list(model.config.class_names) if model.K else []
 shown = class_ids(classes, names) if classes else list(range(model.K)) or [0]
 per_class = num_samples or (8 if not (rows or columns) or not model.K else 1)
 labels = [k for k in shown for _ in range(per_class)]
-grid = [[(r, c, resolve(a | b)) for c, b in values_of("columns", columns)] for r, a in values_of("rows", rows)]
+row_values, column_values = values_of("rows", rows), values_of("columns", columns)
+if set(row_values[0][1]) & set(column_values[0][1]):
+    raise UserError(f"rows={rows} and columns={columns} change the same setting")
+grid = [[(r, c, resolve(a | b)) for c, b in column_values] for r, a in row_values]
 os.makedirs(out_dir, exist_ok=True)
-print(f"{info['description']}; {describe_sampling(**resolve({}))}")
+varied = "".join(f", {axis}" for axis in (rows, columns) if axis)
+print(f"{info['description']}; {describe_sampling(**grid[0][0][2])}{varied}")
 
 if rows or columns:
     cells = [[sample(settings, f"{r} {c}") for r, c, settings in row] for row in grid]

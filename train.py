@@ -30,6 +30,7 @@ from ddpm import (
     learning_rate,
     load_checkpoint,
     make_generator,
+    make_optimizer,
     seed_of,
     to_float,
     to_uint8,
@@ -87,8 +88,8 @@ sample_interval = 10_000  # steps between class grids; 0: none
 # ---------------------------------------------------------------------------------------------------------------------
 ranges = dict.fromkeys(("batch_size", "grad_accum", "max_iters", "log_interval", "eval_interval"), "[1, inf)")
 ranges |= dict.fromkeys(("epochs", "grad_clip", "sample_interval", "weight_decay", "warmup_iters"), "[0, inf)")
-ranges |= dict(eval_images="[1, inf)", lr="(0, inf)", min_lr="[0, inf)", ema_decay="[0, 1)")
-ranges |= dict(val_fraction="[0, 1)", crop="(0, 1]", p_uncond="[0, 1]", dropout="[0, 1)")
+ranges |= dict(image_size="[0, inf)", eval_images="[1, inf)", lr="(0, inf)", min_lr="[0, inf)", ema_decay="[0, 1)")
+ranges |= dict(val_fraction="[0, 1)", crop="(0, 1]")  # the model's settings: see DDPMConfig
 config, given = configure(globals(), ranges)
 
 # 1. Processes: torchrun starts one per GPU and tells each its rank.
@@ -101,10 +102,13 @@ def log(*words):
 
 
 # 2. Resume: settings come from the checkpoint unless they were given, and what defines the model cannot change.
+# Settings are the globals above; config is the copy of them that is saved.
 check_choice("init_from", init_from, ("scratch", "resume"))
 checkpoint_path, checkpoint = os.path.join(out_dir, "ckpt.pt"), None
 if init_from == "resume":
     checkpoint = load_checkpoint(checkpoint_path)
+    if "optimizer" not in checkpoint:
+        raise UserError(f"{checkpoint_path} holds only averaged weights: it cannot be resumed")
     fixed = {f.name for f in fields(DDPMConfig)} | {"conditional", "dataset", "classes"}
     for key, old in checkpoint["config"].items():
         if key in ("init_from", "out_dir", "device", "use_compile") or key not in config or given.get(key) == old:
@@ -129,7 +133,7 @@ if rank == 0 and world > 1:
     dist.barrier()
 if not conditional or labels is None:
     labels = test_labels = None
-    names = names if len(names) == 1 else []  # a model of one class knows its name
+    names = names if len(names) == 1 else []  # augment.py labels the images of a one-class model
 n_train = training_count(len(images), val_fraction)
 val_images, val_labels = images[n_train:], None if labels is None else labels[n_train:]
 unseen = [] if labels is None else sorted(set(val_labels.tolist()) - set(labels[:n_train].tolist()))
@@ -151,11 +155,8 @@ model_args |= dict(image_size=images.shape[1], channels=images.shape[3], class_n
 model = DDPM(DDPMConfig(**model_args, num_classes=0 if labels is None else len(names))).to(device)
 model.amp_dtype = amp_dtype
 
-# 5. Optimiser (no weight decay on biases and norms), loss scaler for float16, averaged weights.
-matrices = [p for p in model.parameters() if p.ndim > 1]
-vectors = [p for p in model.parameters() if p.ndim <= 1]
-groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-optimizer = torch.optim.AdamW(groups, lr=lr, fused=not device.startswith("mps"))
+# 5. Optimiser, loss scaler for float16, averaged weights.
+optimizer = make_optimizer(model, lr, weight_decay)
 scaler = torch.amp.GradScaler(device.split(":")[0], enabled=amp_dtype == torch.float16)
 ema = EMA(model, ema_decay)
 
@@ -180,7 +181,7 @@ if world > 1:
     device_ids = [device] if "cuda" in device else None
     ddp_model = torch.nn.parallel.DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
 log(
-    f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M weights on {world} x {device}, "
+    f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {world} x {device}, "
     f"{dtype_name(amp_dtype)}, {'compiled' if use_compile else 'eager'}; {n_train} training and "
     f"{len(val_images)} validation images of {model.shape}, {model.K or 'no'} classes; "
     f"steps {step} to {max_iters}, batch {batch_size}"
@@ -355,7 +356,7 @@ while step < max_iters and not stopped:
         log_time = time.time()
 
 if stopped:
-    log(f"stopped by a signal at step {step}: continue with --init_from=resume")
+    log(f"stopped by a signal at step {step}: `python train.py --init_from=resume --out_dir={out_dir}` continues")
 else:
     log(f"done: `python sample.py --out_dir={out_dir}` samples from {checkpoint_path}")
 if world > 1:

@@ -1,8 +1,11 @@
 # Your own images: a folder of them, of one sub-folder per class, or of shards. Time and loss are yours.
 #   python train.py config/folder.py --dataset=path/to/images
+from configurator import cpu_has_bfloat16
+
 out_dir = "out-folder"
 dataset = "images"
 image_size = 32
+dtype = "bfloat16" if cpu_has_bfloat16() else "auto"
 schedule = "cosine"
 objective = "v"
 patch = 2
