@@ -360,4 +360,5 @@ if stopped:
 else:
     log(f"done: `python sample.py --out_dir={out_dir}` samples from {checkpoint_path}")
 if world > 1:
+    dist.barrier()  # a process that leaves while rank 0 still validates may abort
     dist.destroy_process_group()
