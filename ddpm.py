@@ -371,7 +371,10 @@ def to_uint8(x):
 
 
 def seed_of(seed, k):
-    """The seed of stream k of `seed`: distinct for every k below 2**32, far apart for different seeds."""
+    """The seed of stream k of `seed`: distinct for every k below 2**32, far apart for different seeds.
+
+    Streams in use: image k when sampling; epoch k and 2**31 + step in data.py; 2**30 + step and 2**32 - 1 in train.py.
+    """
     return (seed * 2654435761 + k) % 2**32  # torch's CPU generator keeps 32 bits
 
 
@@ -540,9 +543,8 @@ class DDPM(nn.Module):
         wanted = (low + torch.linspace(1, 0, steps, dtype=torch.float64) * (high - low)) ** 7
         ts = (sigma.log() - wanted.log()[:, None]).abs().argmin(dim=1).tolist()
         ts[0] = self.T - 1
-        for i in range(
-            1, steps
-        ):  # rounding may repeat a t: each must be lower than the last and leave room for the rest
+        # Rounding may repeat a t: make each lower than the one before, and leave room for those that follow.
+        for i in range(1, steps):
             ts[i] = max(min(ts[i], ts[i - 1] - 1), steps - 1 - i)
         return ts
 

@@ -111,8 +111,8 @@ if set(row_values[0][1]) & set(column_values[0][1]):
     raise UserError(f"rows={rows} and columns={columns} change the same setting")
 grid = [[(r, c, resolve(a | b)) for c, b in column_values] for r, a in row_values]
 os.makedirs(out_dir, exist_ok=True)
-varied = "".join(f", {axis}" for axis in (rows, columns) if axis)
-print(f"{info['description']}; {describe_sampling(**grid[0][0][2])}{varied}")
+varied = "".join(f"; {name} {text}" for name, text in (("rows", rows), ("columns", columns)) if text)
+print(f"{info['description']}; {'first cell: ' if varied else ''}{describe_sampling(**grid[0][0][2])}{varied}")
 
 if rows or columns:
     cells = [[sample(settings, f"{r} {c}") for r, c, settings in row] for row in grid]

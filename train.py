@@ -263,8 +263,8 @@ if rank == 0:
     os.makedirs(out_dir, exist_ok=True)
 rows = slice(rank * batch_size // world, (rank + 1) * batch_size // world)  # of the batch, for this process
 micro = batch_size // world // grad_accum
-log_sums = torch.zeros(4, 2, device=device)  # as train_sums, since the last log line
-first_step, saved_step, stopped = step, step or None, False
+log_sums = torch.zeros(4, 2, device=device)  # as train_sums, since the last log line, where they are added to them
+first_step, saved_step, stopped = step, step or None, False  # saved_step: of this run's checkpoint
 log_step, log_time = step, time.time()
 model.train()
 while step < max_iters and not stopped:
@@ -341,7 +341,8 @@ while step < max_iters and not stopped:
             history["val_loss"].append(mean(sums))
             history["val_quarters"].append(quarters(sums))
             by_quarter = " ".join(f"{q:.4f}" for q in quarters(sums))
-            log(f"step {step:7d}  validation loss {mean(sums):.4f} (by quarter of t: {by_quarter})")
+            n = len(val_images[:eval_images])
+            log(f"step {step:7d}  validation loss {mean(sums):.4f} on {n} images (t from clean to noisy: {by_quarter})")
         if step == max_iters and test_images is not None:
             history["test_loss"] = mean(evaluate(test_images, test_labels))
             log(f"step {step:7d}  test loss {history['test_loss']:.4f} on {len(test_images)} images")
