@@ -1692,7 +1692,7 @@ def test_augment_refuses_foreign_and_damaged_shards(trained, synthetic, tmp_path
 
 @pytest.mark.parametrize("change", ({}, {"overwrite": True, "seed": 5}))
 def test_augment_cut_off_between_any_two_writes(change, trained, synthetic, tmp_path, capfd, monkeypatch):
-    """Stops before the N-th renaming or removal, for every N: what is there is refused or right; a rerun completes it."""
+    """Stops before the N-th renaming or removal, for every N: what is there is refused or right; a rerun ends it."""
     after = str(tmp_path / "after")
     assert cli(capfd, "augment.py", *augment_flags(trained, after, **change))[0] == 0
     before, after, n = contents(synthetic), contents(after), 0
