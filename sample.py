@@ -7,6 +7,7 @@ python sample.py --rows=steps=5,10,25 --columns=sampler=ddim,dpm++      every co
 python sample.py --sampler=ddpm --gif=True                    the full ancestral chain, and a GIF of the denoising
 """
 
+import math
 import os
 import time
 
@@ -14,7 +15,7 @@ import torch
 
 from configurator import configure, describe_sampling, open_model, parse, progress, resolve_guidance, setup_device
 from data import class_ids, tile
-from ddpm import SAMPLERS, UserError, check_choice, image_noise, make_generator, to_uint8
+from ddpm import UserError, check_choice, image_noise, make_generator, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = "out"  # the checkpoint is here, and the images go here
@@ -78,22 +79,26 @@ def resolve(changes):
     s = {key: config[key] for key in COMPARED} | changes
     model, _ = get_model(s["ema"])
     s["w"] = resolve_guidance(s["w"], s.pop("guidance_scale"), 1.8, model)
-    check_choice("sampler", s["sampler"], SAMPLERS)
     defaults = {"dpm++": min(25, model.T), "ddim": min(50, model.T), "ddpm": model.T}
-    s |= dict(steps=s["steps"] or defaults[s["sampler"]], interval=interval)
+    s |= dict(steps=s["steps"] or defaults.get(s["sampler"]), interval=interval)
     model.check_sampling(torch.tensor(labels) if model.K else None, **s)
     return s
 
 
-def sample(settings, title, on_step=None):
-    """Images (n, H, W, C) uint8 for `labels`, image k with noise k of the seed."""
-    settings, start = dict(settings), time.time()
+def sample(settings, title, frames=None):
+    """Images (n, H, W, C) uint8 for `labels`, image k with noise k of the seed. frames: {step: its batches}."""
+    settings, start, done = dict(settings), time.time(), []
     model, _ = get_model(settings.pop("ema"))
-    y, batches = torch.tensor(labels) if model.K else None, []
-    for batch in model.sample_batches(y, range(len(labels)), batch_size, on_step=on_step, **settings):
-        batches.append(batch)
-        progress(title, sum(map(len, batches)) / len(labels), start)
-    return torch.cat(batches)
+    total = math.ceil(len(labels) / batch_size) * settings["steps"]
+
+    def on_step(i, xt, x0_hat):
+        done.append(i)
+        progress(title, len(done) / total, start)
+        if frames is not None:
+            frames.setdefault(i, []).append(to_uint8(xt).cpu())
+
+    y = torch.tensor(labels) if model.K else None
+    return torch.cat(list(model.sample_batches(y, range(len(labels)), batch_size, on_step=on_step, **settings)))
 
 
 def save(image, name, **how):
@@ -120,10 +125,9 @@ if rows or columns:
     titles, column_titles = [row[0][0] for row in grid if rows], [c for _, c, _ in grid[0] if columns]
     save(tile(images, len(labels) * len(grid[0]), titles, column_titles), "compare.png")
 else:
-    frames = {}  # step: batches of images
-    on_step = (lambda i, xt, x0_hat: frames.setdefault(i, []).append(to_uint8(xt).cpu())) if gif else None
+    frames = {} if gif else None
     titles = [names[k] for k in shown if names]
-    save(tile(sample(grid[0][0][2], "sampling", on_step).numpy(), per_class, titles), "sample.png")
+    save(tile(sample(grid[0][0][2], "sampling", frames).numpy(), per_class, titles), "sample.png")
     noise = image_noise([make_generator(seed, k) for k in range(len(labels))], model.shape)
     save(tile(to_uint8(noise / 3).numpy(), per_class, titles), "noise.png")
     if gif:

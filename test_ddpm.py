@@ -1505,6 +1505,14 @@ def test_sample_writes_what_it_says(trained, capfd):
         assert image("compare.png").shape[0] == height(n)
 
 
+def test_sample_says_after_every_step_how_far_it_is(trained, capfd, monkeypatch):
+    shares = []
+    monkeypatch.setattr(configurator, "progress", lambda title, share, start: shares.append(share))
+    flags = ["--steps=4", "--num_samples=2", "--batch_size=4"]  # 6 images in 2 batches
+    assert cli(capfd, "sample.py", f"--out_dir={trained}", *flags)[0] == 0
+    assert shares == [k / 8 for k in range(1, 9)]
+
+
 def test_sample_compares_two_keys_from_the_same_noise(trained, capfd):
     from PIL import Image
 
