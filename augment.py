@@ -63,13 +63,14 @@ shard_size = 1000  # images per file, about: each class has the same number
 overwrite = False  # True: delete the shards in synthetic_dir first
 device = "auto"  # cuda, mps, cpu
 dtype = "auto"  # float32, bfloat16, float16
-use_compile = "auto"  # True, False
+use_compile = "auto"  # True, False; auto: on a GPU, for 1,000,000 images x steps or more per process
 # ---------------------------------------------------------------------------------------------------------------------
 ranges = dict.fromkeys(("per_class", "batch_size", "shard_size", "steps"), "[1, inf)")
 config, given = configure(globals(), ranges, w=float, guidance_scale=float)
 
 # Model and settings. The images are a function of these settings alone.
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+auto = use_compile == "auto"
 device, amp_dtype, use_compile = setup_device(device, dtype, use_compile)
 model, info = open_model(out_dir, ema, device, amp_dtype)
 names = list(model.config.class_names) or [str(k) for k in range(model.K)]
@@ -153,16 +154,17 @@ todo = [open_folder() if rank == 0 else None]
 if world > 1:
     dist.broadcast_object_list(todo)
 todo = todo[0]
-if use_compile and todo:
-    model.net.compile(dynamic=False)
+mine = todo[rank::world]
+total = sum(map(images_in, mine))
+if use_compile and (not auto or total * steps >= 1_000_000):  # compiling takes about a minute
+    model.compile_network()
 if rank == 0:
     print(
         f"{info['description']} x {world}; {describe_sampling(**sampling)}; "
         f"{per_class} images of each of {C} classes into {folder}: {len(todo)} of {n_shards} shards to make",
         flush=True,
     )
-mine = todo[rank::world]
-total, made, start = sum(map(images_in, mine)), 0, time.time()
+made, start = 0, time.time()
 for i in mine:
     write_shard(folder, i, *make_shard(i, lambda n: rank == 0 and progress(f"shard {i}", (made + n) / total, start)))
     made += images_in(i)

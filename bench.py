@@ -5,6 +5,7 @@ python bench.py config/cifar_small.py                   of any other
 python bench.py --peer=diffusers --batch_size=16        against the same layout in diffusers (extra `bench`)
 python bench.py --peer=lucidrains --batch_size=16       against denoising-diffusion-pytorch, a small U-Net
 python bench.py --what=profile                          where the time of a training step goes
+python bench.py --what=gpu                              a report on this GPU to paste: ten minutes or so
 python bench.py config/cifar_small.py --what=learn --peer=lucidrains   what each has learned after so many minutes
 
 Peers are used as in their documentation. diffusers: UNet2DModel, AdamW, clipping, EMAModel, its schedulers' loop with
@@ -14,11 +15,15 @@ and samples all of them with our sampler, unguided. Networks that are in learn_d
 that sides can be trained one at a time and sampled with other settings.
 """
 
+import gc
 import os
-import resource
+import platform
 import statistics
 import sys
 import time
+import warnings
+from functools import partial
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,7 +36,7 @@ from ddpm import DDPM, EMA, DDPMConfig, UserError, atomic_write, check_choice, l
 
 # ---------------------------------------------------------------------------------------------------------------------
 peer = ""  # diffusers or lucidrains
-what = "train,sample"  # also profile; or learn, alone
+what = "train,sample"  # also profile; or learn or gpu, alone
 rounds = 5  # of each measurement, after one to warm up
 samplers = "ddpm,ddim,dpm++"
 steps = 10  # of each sampling
@@ -57,15 +62,42 @@ def synchronize():
 
 def medians(functions):
     """Median seconds of each of {name: function}, taking turns, after one round to warm up."""
+    calls = 10 if s.device.startswith("cuda") else 1  # at once, as in training: a GPU works while the host goes ahead
     times = {name: [] for name in functions}
     for _ in range(s.rounds + 1):
         for name, function in functions.items():
             synchronize()
             start = time.perf_counter()
-            function()
+            for _ in range(calls):
+                function()
             synchronize()
-            times[name].append(time.perf_counter() - start)
+            times[name].append((time.perf_counter() - start) / calls)
     return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def peak_memory():
+    """Bytes: of the GPU's tensors since reset_peak_memory_stats, else of the process."""
+    if s.device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def host_waits(function):
+    """How often a call makes the host wait for the GPU; None without one."""
+    if not s.device.startswith("cuda"):
+        return None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            function()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(w.message) for w in caught)
 
 
 def autocast():
@@ -92,27 +124,44 @@ def make_batches():
 # the sides: train() is one step, sample() draws images; learn also asks for lr_at(), average() and sampler()
 
 
-class Ours:
-    """train.py's step (gathering, flips and label dropout included; no grad_accum, no float16 scaler); our samplers."""
+class Side:
+    """What the sides have in common."""
 
     def __init__(self):
+        self.step, self.scaler = 0, torch.amp.GradScaler(s.device.split(":")[0], enabled=amp_dtype == torch.float16)
+
+    def update(self, loss, clip=1.0):
+        """The part of a step after the loss, but for the averaged weights."""
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+
+class Ours(Side):
+    """train.py's step (gathering, flips and label dropout included; no grad_accum), and our samplers.
+
+    inductor: options of torch.compile; None: eager.
+    """
+
+    def __init__(self, inductor):
+        super().__init__()
         args = {key: config[key] for key in DDPMConfig.__dataclass_fields__ if key in config}
         args |= dict(image_size=size, channels=channels, num_classes=K, class_names=names)
-        self.model, self.step = DDPM(DDPMConfig(**args)).to(s.device), 0
+        self.model = DDPM(DDPMConfig(**args)).to(s.device)
         self.model.amp_dtype = amp_dtype
         self.optimizer, self.ema = make_optimizer(self.model, s.lr, s.weight_decay), EMA(self.model, s.ema_decay)
-        if use_compile:
-            self.model.net.compile(dynamic=False)
+        if inductor is not None:
+            self.model.compile_network(inductor)
 
     def train(self):
         self.model.train()
         x0, y = batches(self.step)
-        self.model(x0, self.model.drop_labels(y)).mean().backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or float("inf"))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.update(self.model(x0, self.model.drop_labels(y)).mean(), s.grad_clip or float("inf"))
         self.ema.update()
-        self.step += 1
 
     def sample(self, y, w, sampler):
         return self.model.sample(y, w, s.seed, None, sampler, s.steps, interval=s.interval)
@@ -135,16 +184,17 @@ def our_samplers(forward, **schedule):
     return model
 
 
-class Diffusers:
+class Diffusers(Side):
     """diffusers' UNet2DModel with the widths, blocks, attention and conditioning of our U-Net."""
 
     def __init__(self):
+        super().__init__()
         try:
             import diffusers
             from diffusers.training_utils import EMAModel
         except ImportError:
             raise UserError("--peer=diffusers needs `pip install '.[bench]'`") from None
-        self.lr, self.patch, self.step = s.lr, s.patch, 0
+        self.lr, self.patch = s.lr, s.patch
         self.schedule = dict(timesteps=s.timesteps, beta_start=s.beta_start, beta_end=s.beta_end)
         self.model = diffusers.UNet2DModel(**self.layout()).to(s.device)
         self.net = torch.compile(self.model, dynamic=False) if use_compile else self.model
@@ -191,12 +241,8 @@ class Diffusers:
         noise = torch.randn_like(x0)
         t = torch.randint(self.schedule["timesteps"], (s.batch_size,), device=s.device)
         xt = self.schedulers["ddpm"].add_noise(x0, noise, t)
-        F.mse_loss(self.predict(xt, t, y), noise).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.update(F.mse_loss(self.predict(xt, t, y), noise))
         self.ema.step(self.model.parameters())
-        self.step += 1
 
     @torch.no_grad()
     def sample(self, y, w, sampler):
@@ -245,10 +291,11 @@ class DiffusersToLearn(Diffusers):
         return our_samplers(self.predict, **self.schedule)
 
 
-class Lucidrains:
+class Lucidrains(Side):
     """denoising-diffusion-pytorch's classifier-free-guidance U-Net, small: dim 32, multiples 1, 2, 4, our p_uncond."""
 
     def __init__(self):
+        super().__init__()
         try:
             from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion, Unet
             from ema_pytorch import EMA as TheirEMA
@@ -257,7 +304,7 @@ class Lucidrains:
         self.model = Unet(dim=32, dim_mults=(1, 2, 4), num_classes=K, channels=channels, cond_drop_prob=s.p_uncond)
         self.diffusion = GaussianDiffusion(self.model, image_size=size).to(s.device)
         self.ddim = GaussianDiffusion(self.model, image_size=size, sampling_timesteps=s.steps).to(s.device)
-        self.optimizer, self.step = torch.optim.Adam(self.diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99)), 0
+        self.optimizer = torch.optim.Adam(self.diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
         self.ema = TheirEMA(self.diffusion, beta=0.995, update_every=10)
         if use_compile:
             self.model.forward = torch.compile(self.model.forward, dynamic=False)
@@ -266,12 +313,8 @@ class Lucidrains:
         x0, y = batches(self.step)
         with autocast():
             loss = self.diffusion((x0 + 1) / 2, classes=y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.diffusion.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.update(loss)
         self.ema.update()
-        self.step += 1
 
     def sample(self, y, w, sampler):
         with autocast():
@@ -301,13 +344,14 @@ def print_rows(title, seconds, images):
 def matmul_and_conv_rates():
     """FLOP/s of a large matrix product, and of 3x3 convolutions of this recipe's width, forward and backward."""
     dtype, side = amp_dtype or torch.float32, size // s.patch
-    a = torch.randn(2048, 2048, device=s.device, dtype=dtype)
+    n = 8192 if s.device.startswith("cuda") else 2048
+    a = torch.randn(n, n, device=s.device, dtype=dtype)
     x = torch.randn(s.batch_size, s.ch, side, side, device=s.device, dtype=dtype, requires_grad=True)
     weight = torch.randn(s.ch, s.ch, 3, 3, device=s.device, dtype=dtype, requires_grad=True)
     out = torch.randn_like(x)
     convolve = lambda: torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), out)  # noqa: E731
     seconds = medians({"matmul": lambda: a @ a, "conv": convolve})
-    return 2 * 2048**3 / seconds["matmul"], 3 * 2 * 9 * x.numel() * s.ch / seconds["conv"]
+    return 2 * n**3 / seconds["matmul"], 3 * 2 * 9 * x.numel() * s.ch / seconds["conv"]
 
 
 def flops(model):
@@ -352,8 +396,7 @@ def bench_profile(sides):
     averages = profiler.key_averages()
     print(averages.table(sort_by=f"self_{'cuda' if on_gpu else 'cpu'}_time_total", row_limit=25))
     if on_gpu:
-        waits = sum(e.count for e in averages if e.key == "cudaStreamSynchronize")
-        print(f"the step makes the host wait for the GPU {waits} times")
+        print(f"the step makes the host wait for the GPU {host_waits(ours.train)} times")
 
 
 def bench_learn(sides):
@@ -395,29 +438,79 @@ def bench_learn(sides):
     )
 
 
-PARTS = dict(train=bench_train, sample=bench_sample, profile=bench_profile, learn=bench_learn)
+def describe_machine():
+    lines = [f"torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}"]
+    if s.device.startswith("cuda"):
+        p = torch.cuda.get_device_properties(s.device)
+        lines += [f"{p.name}, {p.total_memory / 1e9:.0f} GB, compute capability {p.major}.{p.minor}"]
+        lines += [f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"]
+    return "\n".join(lines)
+
+
+def bench_gpu(sides):
+    """A Markdown report: every side in turn, ours eager and compiled, diffusers if it is installed."""
+    matmul, conv = matmul_and_conv_rates()
+    print(describe_machine())
+    rates = f"matrix product {matmul / 1e12:.4g}, 3x3 convolutions, forward and backward, {conv / 1e12:.4g}"
+    print(f"TFLOP/s: {rates}\n")
+    makers = {"nanoDDPM, eager": lambda: Ours(None)}
+    if use_compile:
+        makers["nanoDDPM, compiled"] = lambda: Ours({})
+        makers["... channels last"] = lambda: Ours({"force_layout_optimization": True})
+        makers["... combo kernels"] = lambda: Ours({"combo_kernels": True})
+    if peer := s.peer or ("diffusers" if find_spec("diffusers") else ""):
+        makers[peer] = PEERS[peer]
+    y = torch.arange(s.num_samples) % K
+    print(
+        f"| training, batch {s.batch_size} | first step, s | ms | images/s | of matrix product | peak GB | host waits "
+        f"| sampling {s.num_samples} images, ddim, {s.steps} steps: images/s | host waits | with guidance: images/s |"
+    )
+    print("| --- " * 10 + "|")
+    for name, make in makers.items():
+        gc.collect()
+        if s.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        start = time.time()
+        try:
+            side = make()
+        except UserError as e:
+            print(f"| {name} | {e} |")
+            continue
+        side.train()
+        synchronize()
+        first, seconds = time.time() - start, medians({"": side.train})[""]
+        share = 3 * flops(side.model) * s.batch_size / seconds / matmul if isinstance(side, Ours) else None
+        row = [name, f"{first:.1f}", f"{1e3 * seconds:.2f}", f"{s.batch_size / seconds:.1f}"]
+        row += [f"{share:.1%}" if share else "", f"{peak_memory() / 1e9:.2f}", host_waits(side.train)]
+        for w in (0.0, 1.0):
+            draw = partial(side.sample, y, w, "ddim")
+            row += [f"{s.num_samples / medians({'': draw})['']:.1f}", host_waits(draw)][: 2 if w == 0 else 1]
+        print(f"| {' | '.join(map(str, row))} |", flush=True)
+        del side, draw
+
+
+PARTS = dict(train=bench_train, sample=bench_sample, profile=bench_profile, learn=bench_learn, gpu=bench_gpu)
 PEERS = {"diffusers": DiffusersToLearn if s.what == "learn" else Diffusers, "lucidrains": Lucidrains}
 check_choice("peer", s.peer, ("", *PEERS))
 for part in s.what.split(","):
     check_choice("what", part, tuple(PARTS))
-if "learn" in s.what and s.what != "learn":
-    raise UserError(f"what={s.what}: learn has peers of its own and stands alone")
+for alone in ("learn", "gpu"):
+    if alone in s.what and s.what != alone:
+        raise UserError(f"what={s.what}: {alone} stands alone")
+if s.what == "gpu" and "num_samples" not in given:
+    s.num_samples = 100
 s.device, amp_dtype, use_compile = setup_device(s.device, s.dtype, s.use_compile)
 torch.manual_seed(s.seed)
 batches, names, size, channels = make_batches()
 shape, K = (channels, size, size), len(names)
-sides = {"nanoDDPM": Ours()}
-if s.peer:
+sides = {} if s.what == "gpu" else {"nanoDDPM": Ours({} if use_compile else None)}
+if s.peer and sides:
     sides[s.peer] = PEERS[s.peer]()
-counts = [
-    f"{name} {sum(p.numel() for p in side.model.parameters()) / 1e6:.2f}M parameters" for name, side in sides.items()
-]
+counts = [f"{name} {sum(p.numel() for p in side.model.parameters()) / 1e6:.2f}M" for name, side in sides.items()]
 how = f"{dtype_name(amp_dtype)}, {'compiled' if use_compile else 'eager'}, torch {torch.__version__}"
-print(f"{s.device}, {how}, {torch.get_num_threads()} threads; {', '.join(counts)}; medians of {s.rounds}", flush=True)
+parameters = f"parameters: {', '.join(counts)}; " if counts else ""
+print(f"{s.device}, {how}, {torch.get_num_threads()} threads; {parameters}medians of {s.rounds}", flush=True)
 for part in s.what.split(","):
     PARTS[part](sides)
-if s.device.startswith("cuda"):
-    print(f"peak memory {torch.cuda.max_memory_allocated() / 1e6:.0f} MB")
-else:  # of the process; kB, on macOS bytes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"peak memory {peak / (1e6 if sys.platform == 'darwin' else 1e3):.0f} MB")
+if s.what != "gpu":
+    print(f"peak memory {peak_memory() / 1e6:.0f} MB")

@@ -221,11 +221,24 @@ def keep_freed_memory():
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
+def can_compile(device):
+    """Whether torch.compile works here: it needs triton, a GPU new enough, and, often missing, a C compiler."""
+    if not find_spec("triton") or torch.cuda.get_device_capability() < (7, 0):
+        return False
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+    except Exception as e:
+        reason = str(e).strip().partition("\n")[0][:100]
+        print(f"torch.compile fails here, so eager ({type(e).__name__}: {reason})", file=sys.stderr)
+        return False
+    return True
+
+
 def setup_device(device="auto", dtype="auto", use_compile="auto"):
     """Resolves three settings to (device, autocast dtype or None, compile or not), and prepares the device.
 
-    auto: cuda, mps or cpu; bfloat16 if the GPU has it, float16 on an older one, no autocast on cpu and mps; compile on
-    cuda if there is triton and the GPU is new enough. Raises UserError for a device that is not there.
+    auto: cuda, mps or cpu, under torchrun the GPU of this process; bfloat16 if the GPU has it, float16 on an older one,
+    no autocast on cpu and mps; compile on cuda where that works. Raises UserError for a device that is not there.
     """
     mps = torch.backends.mps.is_available()
     if device == "auto":
@@ -234,20 +247,20 @@ def setup_device(device="auto", dtype="auto", use_compile="auto"):
     check_choice("device", kind, ("cuda", "mps", "cpu"))
     check_choice("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
     check_choice("use_compile", str(use_compile), ("auto", "True", "False"))
-    on_gpu = (index or "0").isdigit() and int(index or 0) < torch.cuda.device_count()
-    if not {"cuda": on_gpu, "mps": mps, "cpu": True}[kind]:
-        raise UserError(f"device: {device!r} is not available: use --device=cpu or auto")
-    if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: one GPU per process
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
     if kind == "cuda":
+        index, count = index or os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
+        device = f"cuda:{index}"
+        if not index.isdigit() or int(index) >= count:
+            raise UserError(f"device: {device!r} is not available (GPUs: {count}): use fewer processes or --device=cpu")
+        torch.cuda.set_device(int(index))  # for all calls that name no GPU
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-    if kind == "cpu":
+    elif kind == "mps" and not mps:
+        raise UserError(f"device: {device!r} is not available: use --device=cpu or auto")
+    elif kind == "cpu":
         keep_freed_memory()
     if dtype == "auto":
         dtype = "float32" if kind != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
     if use_compile == "auto":
-        use_compile = kind == "cuda" and bool(find_spec("triton"))
-        use_compile = use_compile and torch.cuda.get_device_capability(device) >= (7, 0)
+        use_compile = kind == "cuda" and can_compile(device)
     return device, None if dtype == "float32" else getattr(torch, dtype), str(use_compile) == "True"

@@ -33,6 +33,8 @@ IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
 
 
 def save_json(path, content):
+    """Writes JSON. NaN and infinities, which JSON does not have, become null."""
+    content = json.loads(json.dumps(content), parse_constant=lambda _: None)
     with atomic_write(path) as f:
         f.write(json.dumps(content, indent=1).encode())
 

@@ -127,6 +127,7 @@ def plot_loss():
         if log.get("test_loss") is not None:
             left.plot(log["step"][-1], log["test_loss"], "*", color=colour, ms=11, label=f"test {log['test_loss']:.4f}")
     settled = [v for log in runs.values() for v in log["train_loss"][len(log["step"]) // 10 :] + log["val_loss"]]
+    settled = [v for v in settled if v is not None]  # it was not finite
     if settled:  # not before the first validation
         left.set_ylim(0.95 * min(settled), np.quantile(settled, 0.97) * 1.1)
     left.set(title="loss", xlabel="step")

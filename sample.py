@@ -53,7 +53,7 @@ def get_model(ema):
     if ema not in models:
         models[ema] = open_model(out_dir, ema, device, amp_dtype)
         if use_compile:
-            models[ema][0].net.compile(dynamic=False)
+            models[ema][0].compile_network()
     return models[ema]
 
 

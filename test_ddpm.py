@@ -6,6 +6,7 @@ Contents, in the order of the README:
     data.py           shards, batches, data sets
     configurator.py   settings, errors, device
     train.py, sample.py, augment.py, classifier.py, evaluate.py, plot.py, bench.py
+    a GPU, emulated
 Tests are named test_FILE_PROPERTY. The errors that a user can cause are one table per script, test_FILE_user_errors.
 `pytest -q` runs the fast ones, `pytest -q -m slow -rP` those that take minutes.
 """
@@ -23,6 +24,7 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -35,13 +37,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import classifier
 import configurator
 import data
 import ddpm
 import evaluate
-from ddpm import DDPM, EMA, DDPMConfig, UserError, make_betas, posterior_coefficients, to_float, to_uint8
+from ddpm import (
+    DDPM,
+    EMA,
+    DDPMConfig,
+    UserError,
+    make_betas,
+    make_generator,
+    posterior_coefficients,
+    to_float,
+    to_uint8,
+)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = dict(image_size=8, num_classes=3, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0)
@@ -907,8 +921,9 @@ def test_ddpm_compiled_network_sees_one_batch_shape():
         return graph.forward
 
     model.net.compile(backend=backend, dynamic=False)
+    model.compiled = True
     compiled = torch.cat(list(model.sample_batches(y, range(7), 3, steps=2, w=1.0)))
-    assert shapes == [[(6, *model.shape)]] and compiled.shape == eager.shape
+    assert shapes == [[(3, *model.shape)]] and compiled.shape == eager.shape
     assert (compiled.int() - eager.int()).abs().max() <= 1
 
 
@@ -1258,16 +1273,6 @@ def test_configurator_a_real_command_line_works_from_any_folder(tmp_path):
     assert "unknown key 'learning_rate'" in done.stderr
     done = run("config/shapes.py", "--dataset=nowhere")  # the config file beside the script is found
     assert done.returncode == 2 and "dataset 'nowhere' is neither a data set nor a folder" in done.stderr
-
-
-def test_configurator_auto_compiles_where_the_gpu_can(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
-    for capability, triton, compiles in (((9, 0), 1, True), ((6, 1), 1, False), ((9, 0), None, False)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-        monkeypatch.setattr(configurator, "find_spec", lambda _: triton)
-        assert configurator.setup_device("cuda") == ("cuda", torch.bfloat16, compiles)
-        assert configurator.setup_device("cuda", use_compile=not compiles)[2] is not compiles
 
 
 def test_configurator_out_of_memory_is_one_line_and_a_bug_keeps_its_traceback(capfd):
@@ -2381,7 +2386,7 @@ def test_bench_diffusers_has_the_same_layout(capfd, patch):
     flags = (*BENCH, "--ch=128", f"--patch={patch}", "--ch_mult=1,2", "--num_res_blocks=1", "--samplers=ddim")
     status, text = cli(capfd, "bench.py", "--peer=diffusers", *flags)
     assert status == 0, text
-    ours, theirs = re.search(r"nanoDDPM (\S+)M parameters, diffusers (\S+)M", text).groups()
+    ours, theirs = re.search(r"nanoDDPM (\S+)M, diffusers (\S+)M", text).groups()
     assert ours == theirs and "x our time" in text
 
 
@@ -2415,3 +2420,336 @@ def test_bench_peers_learn(capfd, tmp_path, peer):
 def test_bench_runs_lucidrains(capfd):
     status, text = cli(capfd, "bench.py", "config/cifar_small.py", "--peer=lucidrains", *BENCH)
     assert status == 0 and "lucidrains" in text and "x our time" in text, text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a GPU, emulated: fake CUDA tensors, counted graphs, mocked devices, gloo
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """A FakeTensorMode in which CUDA tensors have shapes, dtypes, devices and strides, but no values.
+
+    An operation on tensors of two devices is an error there, as on a GPU.
+    """
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    return FakeTensorMode()
+
+
+def on_fake_cuda(model, mode):
+    """Moves a model onto the fake GPU: its parameters and buffers lose their values."""
+    with mode:
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[name] = nn.Parameter(torch.empty(p.shape, device="cuda"))
+            for name, b in module._buffers.items():
+                module._buffers[name] = torch.empty(b.shape, dtype=b.dtype, device="cuda")
+    return model
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Counts the graphs that scripts compile, each for the whole network, and runs them eagerly."""
+    counter, original = CompileCounter(), nn.Module.compile
+    torch._dynamo.reset()
+
+    def compile_whole(self, dynamic, options=None):
+        torch.compile(self, options=options)  # raises for an option that there is not
+        original(self, backend=counter, fullgraph=True, dynamic=dynamic)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_whole)
+    return counter
+
+
+def torchrun(nproc, script, *flags, nnodes=1):
+    """Runs a script under torchrun on one or more emulated hosts: (exit status, output and errors)."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    where = ["--nnodes", str(nnodes), "--master_addr=127.0.0.1", f"--master_port={port}", f"--nproc_per_node={nproc}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *where]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    ranks = [[*command, f"--node_rank={k}", f"{HERE}/{script}", *flags] for k in range(nnodes)]
+    hosts = [subprocess.Popen(rank, **pipes) for rank in ranks]
+    text = "".join(host.communicate(timeout=180)[0] for host in hosts)
+    return max(host.returncode for host in hosts), text
+
+
+def test_ddpm_gpu_attention_suits_the_fused_kernels(fake_cuda, monkeypatch):
+    """They ask for rows without gaps; without them the maths runs in several kernels and in float32."""
+    seen = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: seen.extend(qkv) or torch.empty_like(qkv[0]))
+    attention = on_fake_cuda(ddpm.Attention(128), fake_cuda)
+    with fake_cuda:
+        attention(torch.empty(2, 128, 4, 4, device="cuda"))
+    q, k, v = (torch.empty_strided(a.shape, a.stride()) for a in seen)
+    assert q.shape == (2, 2, 16, 64)
+    math_path = torch._fused_sdp_choice(q.transpose(-1, -2), k.transpose(-1, -2), v.transpose(-1, -2))
+    assert torch._fused_sdp_choice(q, k, v) != math_path == 0
+
+
+def test_ddpm_gpu_keeps_activations_in_16_bits(fake_cuda, monkeypatch):
+    """Autocast would run GroupNorm in float32, which makes all that follows up to the next convolution float32."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: q * k * v)
+    model = on_fake_cuda(tiny(dropout=0.1), fake_cuda)
+    model.amp_dtype, kept = torch.bfloat16, []
+    with fake_cuda:
+        x, k = torch.empty(4, *model.shape, device="cuda"), torch.zeros(4, dtype=torch.long, device="cuda")
+        with torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v) or v, lambda v: v):
+            out = model.network(x, k, k)
+    assert out.dtype == torch.float32 and out.device.type == "cuda"
+    maps = [v.dtype for v in kept if v.ndim == 4 and v.shape[0] in (1, 4) and v.shape[-1] > 3]  # not the kernels
+    assert len(maps) > 20 and torch.float32 not in maps[1:]  # the first is the input
+
+
+def test_ddpm_gpu_network_is_one_graph(fake_cuda):
+    model, counter = on_fake_cuda(tiny(), fake_cuda), CompileCounter()
+    torch._dynamo.reset()
+    model.net.compile(backend=counter, fullgraph=True, dynamic=False)
+    model.amp_dtype = torch.bfloat16
+    with fake_cuda:
+        x, k = torch.empty(4, *model.shape, device="cuda"), torch.zeros(4, dtype=torch.long, device="cuda")
+        assert model.network(x, k, k).device.type == "cuda"
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("how", (dict(), dict(w=1.0), dict(w=1.0, interval=(0.5, 2.0)), dict(sampler="dpm++", steps=5)))
+def test_ddpm_gpu_step_and_samplers_stay_on_the_device(how, fake_cuda, monkeypatch):
+    images, labels = np.zeros((9, 8, 8, 3), np.uint8), np.arange(9) % 3
+    model = on_fake_cuda(tiny(), fake_cuda)
+    model.amp_dtype = torch.bfloat16
+    steps = model.sampler_timesteps(how.get("steps"))
+    monkeypatch.setattr(model, "check_sampling", lambda *_: steps)  # reads the labels, which have no values here
+    with fake_cuda:
+        x0, y = data.Batches(images, labels, 4, 0, crop=0.8, shift=1, device="cuda")(0)
+        t, eps = model.random_t_eps(4, device="cuda")
+        losses = model(x0, model.drop_labels(y), t, eps)
+        x = model.sample(y, indices=range(4), **how)
+        assert {v.device.type for v in (x0, y, t, eps, losses, x)} == {"cuda"}
+        assert to_uint8(x).device.type == "cuda" and losses.dtype == torch.float32
+
+
+def test_ddpm_noise_of_an_image_is_that_of_its_generator():
+    for shape in ((3, 32, 32), (1, 28, 28), (3, 8, 8), (1, 3, 3)):
+        rows, alone = ([make_generator(5, k) for k in range(4)] for _ in range(2))
+        for _ in range(2):
+            noise = ddpm.image_noise(rows, shape)
+            assert torch.equal(noise, torch.stack([torch.randn(shape, generator=g) for g in alone]))
+
+
+def test_train_gpu_compiles_one_graph(graphs, shards, tmp_path, capfd):
+    """For all steps; validation, grids and the averaged weights neither recompile nor break it."""
+    flags = tiny_flags(shards, str(tmp_path), use_compile=True, sample_interval=3, grad_accum=2)
+    status, text = cli(capfd, "train.py", *flags)
+    assert status == 0 and graphs.frame_count == 1, text
+
+
+def test_augment_and_sample_gpu_compile_one_graph(graphs, trained, synthetic, tmp_path, capfd):
+    """Guided and unguided steps and a smaller last batch are one graph; the images are those of eager mode."""
+    assert cli(capfd, "augment.py", *augment_flags(trained, f"{tmp_path}/s", use_compile=True, batch_size=5))[0] == 0
+    assert graphs.frame_count == 1
+    a, b = (data.read_shards(folder)[0].astype(int) for folder in (f"{tmp_path}/s", synthetic))
+    assert np.abs(a - b).max() <= 1
+    flags = [f"--out_dir={trained}", "--use_compile=True", "--batch_size=16", "--interval=0.5,2", "--device=cpu"]
+    assert cli(capfd, "sample.py", *flags)[0] == 0 and graphs.frame_count == 2  # another network, another graph
+
+
+def test_augment_gpu_compiles_only_long_jobs(trained, tmp_path, capfd, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(DDPM, "compile_network", lambda self: compiled.append(self))
+    monkeypatch.setattr(configurator, "setup_device", lambda *_: ("cpu", None, True))  # as on a GPU
+    for flags in (dict(per_class=2), dict(per_class=2, use_compile=True)):
+        assert cli(capfd, "augment.py", *augment_flags(trained, f"{tmp_path}/{len(flags)}", **flags))[0] == 0
+        assert len(compiled) == len(flags) - 1
+
+
+def test_configurator_gpu_of_each_process(monkeypatch):
+    """A T4 at 0 and an A100 at 1: what is asked about the GPU is asked of the right one."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: current[-1] == 1)
+    t4, a100 = ("cuda:0", torch.float16, False), ("cuda:1", torch.bfloat16, False)
+    cases = (("auto", "", t4), ("auto", "1", a100), ("cuda", "1", a100), ("cuda:1", "0", a100))
+    for device, local_rank, wanted in cases:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        if local_rank:
+            monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert configurator.setup_device(device, use_compile="False") == wanted
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="'cuda:2' is not available .GPUs: 2.: use fewer processes"):
+        configurator.setup_device("auto")
+
+
+def test_configurator_gpu_compiles_where_that_works(monkeypatch, capfd):
+    monkeypatch.setattr(torch, "compile", lambda f: lambda x: f(x))
+    for capability, triton, compiles in (((9, 0), True, True), ((6, 1), True, False), ((9, 0), False, False)):
+        monkeypatch.setattr(configurator, "find_spec", lambda _: triton)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        assert configurator.can_compile("cpu") is compiles
+    monkeypatch.setattr(configurator, "find_spec", lambda _: True)
+
+    def compile_without_cc(f):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one via CC")
+
+    monkeypatch.setattr(torch, "compile", compile_without_cc)
+    assert not configurator.can_compile("cpu")
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "eager (RuntimeError: Failed to find C compiler.)" in said
+
+
+def test_train_float16_survives_a_loss_that_overflows(shards, tmp_path, capfd, monkeypatch):
+    network, calls = DDPM.network, []
+
+    def overflowing(self, xt, t, y):
+        calls.append(self.training)
+        out = network(self, xt, t, y)
+        return out * float("inf") if sum(calls) in bad and self.training else out
+
+    monkeypatch.setattr(DDPM, "network", overflowing)
+    flags = tiny_flags(shards, str(tmp_path), dtype="float16", log_interval=2, eval_interval=4, max_iters=8)
+    bad = {3}
+    status, text = cli(capfd, "train.py", *flags)
+    assert status == 0, text
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    log = json.loads((tmp_path / "log.json").read_text(), parse_constant=refuse)
+    assert all(map(math.isfinite, log["log_loss"])) and len(log["log_loss"]) == 4
+    checkpoint = ddpm.load_checkpoint(f"{tmp_path}/ckpt.pt")
+    assert all(v.isfinite().all() for v in checkpoint["ema"]["shadow"].values())
+    assert checkpoint["scaler"]["scale"] == 2**15  # halved once
+    calls, bad = [], set(range(100))
+    assert "at step 2, lr" in one_line(cli(capfd, "train.py", *flags))
+
+
+def test_train_float16_learns_over_200_steps(shards, tmp_path, capfd):
+    flags = dict(dtype="float16", max_iters=200, log_interval=50, eval_interval=100)
+    assert cli(capfd, "train.py", *tiny_flags(shards, str(tmp_path), **flags))[0] == 0
+    log = data.read_json(f"{tmp_path}/log.json")
+    assert log["val_loss"][1] < log["val_loss"][0] and log["log_loss"][-1] < 0.9 * log["log_loss"][0]
+
+
+def test_train_validation_images_are_moved_as_bytes(shards, tmp_path, capfd, monkeypatch):
+    moved, to = [], torch.Tensor.to
+    record = lambda self, *a, **k: moved.append((tuple(self.shape), self.dtype)) or to(self, *a, **k)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "to", record)
+    assert cli(capfd, "train.py", *tiny_flags(shards, str(tmp_path), max_iters=1))[0] == 0
+    assert ((6, 8, 8, 3), torch.uint8) in moved  # as floats they take four times the bytes
+
+
+@pytest.mark.slow
+def test_train_four_processes_and_two_hosts_equal_one(shards, tmp_path, capfd):
+    """Loss, weights, validation; then resumed with another number of processes, and sampled by two hosts."""
+    how = dict(dropout=0.0, eval_interval=3, val_fraction=0.4)
+    assert cli(capfd, "train.py", *tiny_flags(shards, f"{tmp_path}/1", **how))[0] == 0
+    one = ddpm.load_checkpoint(f"{tmp_path}/1/ckpt.pt")
+
+    def equals_one(folder):
+        other = ddpm.load_checkpoint(f"{tmp_path}/{folder}/ckpt.pt")
+        assert all(torch.allclose(v, other["model"][k], atol=2e-5) for k, v in one["model"].items())
+        for key in ("train_loss", "val_loss", "val_quarters", "test_loss"):
+            np.testing.assert_allclose(other["history"][key], one["history"][key], rtol=1e-4)
+
+    for folder, nproc, nnodes in (("4", 4, 1), ("2x2", 2, 2)):
+        status, text = torchrun(nproc, "train.py", *tiny_flags(shards, f"{tmp_path}/{folder}", **how), nnodes=nnodes)
+        assert status == 0 and "on 4 x cpu" in text and "Warning" not in text.replace("OMP_NUM_THREADS", ""), text
+        equals_one(folder)
+    flags = tiny_flags(shards, f"{tmp_path}/resumed", **how)
+    status, text = torchrun(2, "train.py", *flags, "--max_iters=3", "--lr=1e-3", "--min_lr=1e-3", nnodes=2)
+    assert status == 0, text
+    resume = (f"--out_dir={tmp_path}/resumed", "--init_from=resume", "--max_iters=6")
+    status, text = torchrun(2, "train.py", *resume)
+    assert status == 0 and "steps 3 to 6" in text, text
+    equals_one("resumed")
+    assert cli(capfd, "augment.py", *augment_flags(f"{tmp_path}/resumed", f"{tmp_path}/a"))[0] == 0
+    status, text = torchrun(2, "augment.py", *augment_flags(f"{tmp_path}/resumed", f"{tmp_path}/b"), nnodes=2)
+    assert status == 0 and contents(tmp_path / "a") == contents(tmp_path / "b"), text
+
+
+def test_bench_gpu_report(capfd):
+    flags = ("--what=gpu", *BENCH, "--ch=8", "--ch_mult=1,2", "--attn_resolutions=")
+    status, text = cli(capfd, "bench.py", "config/shapes.py", *flags)
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("|")]
+    assert status == 0 and len(rows) == 4 and rows[2][0] == "| nanoDDPM, eager", text
+    assert len(rows[2]) == len(rows[0]) == 10 and all(float(v) > 0 for v in rows[2][2:4])
+    assert rows[3][0] == "| diffusers" and "32 groups" in rows[3][1]  # the reason for a side that is left out
+    assert f"torch {torch.__version__}, Python" in text and "TFLOP/s: matrix product" in text
+
+
+@pytest.mark.slow
+def test_bench_gpu_report_compiled_and_beside_diffusers(graphs, capfd, monkeypatch):
+    compile_, theirs = torch.compile, lambda f: type(f).__module__.startswith("diffusers")
+    monkeypatch.setattr(torch, "compile", lambda f, **how: f if theirs(f) else compile_(f, **how))
+    flags = ("--what=gpu", *BENCH, "--ch=128", "--ch_mult=1", "--num_res_blocks=1", "--use_compile=True")
+    status, text = cli(capfd, "bench.py", "config/shapes.py", *flags)
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("|")][2:]
+    names = ["nanoDDPM, eager", "nanoDDPM, compiled", "... channels last", "... combo kernels", "diffusers"]
+    assert status == 0 and [row[0][2:] for row in rows] == names and {len(row) for row in rows} == {10}, text
+    assert graphs.frame_count == 3 * 2  # of three networks, to train and to sample
+
+
+def test_bench_float16_scales_the_loss_of_all_sides(capfd, monkeypatch):
+    steps = []
+    monkeypatch.setattr(torch.amp.GradScaler, "unscale_", lambda self, _: steps.append(self.is_enabled()))
+    for dtype in ("float16", "bfloat16"):
+        flags = (*BENCH, "--what=profile", f"--dtype={dtype}", "--ch=8", "--ch_mult=1,2", "--attn_resolutions=")
+        assert cli(capfd, "bench.py", "config/shapes.py", *flags)[0] == 0
+    assert steps == [True, True, False, False]  # a step to warm up, and one
+
+
+def test_bench_runs_without_the_resource_module(capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)  # Windows has none
+    flags = (*BENCH, "--what=train", "--ch=8", "--ch_mult=1,2", "--attn_resolutions=")
+    status, text = cli(capfd, "bench.py", "config/shapes.py", *flags)
+    assert status == 0 and "peak memory nan MB" in text, text
+
+
+def test_bench_counts_every_wait_for_the_gpu(capfd, monkeypatch):
+    found = {}
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: found.setdefault("modes", []).append(mode))
+    run = runpy.run_path
+    monkeypatch.setattr(runpy, "run_path", lambda *a, **k: found.update(run(*a, **k)))
+    flags = (*BENCH, "--what=train", "--ch=8", "--ch_mult=1,2", "--attn_resolutions=")
+    assert cli(capfd, "bench.py", "config/shapes.py", *flags)[0] == 0
+    host_waits = found["host_waits"]
+    assert host_waits(lambda: None) is None
+    monkeypatch.setattr(found["s"], "device", "cuda:0")
+
+    def wait_twice():
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
+        warnings.warn("something else", UserWarning, stacklevel=1)
+
+    assert host_waits(wait_twice) == 2 and found["modes"] == ["warn", "default"]
+
+
+def test_evaluate_and_augment_replace_no_file_that_is_mapped(real_shapes, trained, tmp_path, capfd, monkeypatch):
+    """Windows refuses to replace or remove one."""
+    replaced = []
+
+    def not_mapped(function):
+        def checked(source, *rest, **how):
+            target = os.path.realpath(rest[0] if rest else source)
+            mapped = {line.split()[-1] for line in pathlib.Path("/proc/self/maps").read_text().splitlines()}
+            assert not any(path == target or path.startswith(f"{target}/") for path in mapped), target
+            replaced.append(target)
+            return function(source, *rest, **how)
+
+        return checked
+
+    for module, name in ((os, "replace"), (os, "remove"), (shutil, "rmtree")):
+        monkeypatch.setattr(module, name, not_mapped(getattr(module, name)))
+    shutil.copytree(real_shapes / "real", tmp_path / "real")
+    for _ in range(2):
+        status, text = evaluation(capfd, tmp_path, f"--samples={real_shapes}/copied", "--n=40")
+        assert status == 0, text
+    folder = f"{tmp_path}/s"
+    assert cli(capfd, "augment.py", *augment_flags(trained, folder, per_class=3))[0] == 0
+    assert cli(capfd, "augment.py", *augment_flags(trained, folder))[0] == 0
+    assert cli(capfd, "augment.py", *augment_flags(trained, folder, overwrite=True, w=0))[0] == 0
+    assert len(replaced) > 20

@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import time
+import warnings
 from dataclasses import asdict, fields
 
 import torch
@@ -81,7 +82,7 @@ weight_decay = 0.0
 grad_clip = 1.0  # maximal norm of the gradient; 0: any
 ema_decay = 0.9999  # of the averaged weights, which validation and sampling use
 # reports
-eval_interval = 2000  # steps between validations, each followed by a checkpoint
+eval_interval = 5000  # steps between validations, each followed by a checkpoint
 eval_images = 5000  # of the validation split, at most
 log_interval = 100
 sample_interval = 10_000  # steps between class grids; 0: none
@@ -125,7 +126,9 @@ device, amp_dtype, use_compile = setup_device(device, dtype, use_compile)
 
 # 3. Data: rank 0 downloads or decodes what is missing while the others wait.
 if world > 1:
-    dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=datetime.timedelta(hours=2))
+    nccl = "cuda" in device and dist.is_nccl_available()  # not on Windows
+    gpu, hours = torch.device(device) if nccl else None, datetime.timedelta(hours=2)
+    dist.init_process_group("nccl" if nccl else "gloo", timeout=hours, device_id=gpu)
 if rank > 0:
     dist.barrier()
 (images, labels), (test_images, test_labels), names = load_splits(dataset, data_dir, image_size, classes)
@@ -175,11 +178,14 @@ if checkpoint:
     del checkpoint
 history["test_loss"] = None
 if use_compile:
-    model.net.compile(dynamic=False)  # in place: parameter names stay those of the plain module
+    model.compile_network()
 ddp_model = model
 if world > 1:
-    device_ids = [device] if "cuda" in device else None
-    ddp_model = torch.nn.parallel.DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+    with warnings.catch_warnings():  # torch 2.14 renames broadcast_buffers; before 2.14 there is no other name
+        warnings.simplefilter("ignore", FutureWarning)
+        device_ids = [device] if "cuda" in device else None
+        ddp_model = torch.nn.parallel.DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+seed_dropout = torch.cuda.manual_seed if "cuda" in device else torch.manual_seed  # the latter seeds every GPU
 log(
     f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {world} x {device}, "
     f"{dtype_name(amp_dtype)}, {'compiled' if use_compile else 'eager'}; {n_train} training and "
@@ -190,8 +196,12 @@ log(
 
 # 7. Reports: validation loss, class grids, checkpoints.
 def add_by_quarter(sums, losses, t):
-    """Adds the losses of a batch to the sums and counts (4, 2) of their quarter of 0..T-1."""
-    sums.index_add_(0, t * 4 // model.T, torch.stack([losses, torch.ones_like(losses)], dim=1))
+    """Adds the losses of a batch to the sums and counts (4, 2) of their quarter of 0..T-1.
+
+    Leaves out those that are not finite: in float16 the loss scaler skips such a step, and training goes on.
+    """
+    finite = losses.isfinite()
+    sums.index_add_(0, t * 4 // model.T, torch.stack([losses.where(finite, 0), finite.to(losses.dtype)], dim=1))
 
 
 def mean(sums):
@@ -211,15 +221,22 @@ def averaged_weights():
 
 
 def evaluate(images, labels):
-    """Sums and counts (4, 2) of the loss of the averaged weights, with the same t and noise every time."""
+    """Sums and counts (4, 2) of the loss of the averaged weights, with the same t and noise every time.
+
+    Every process calls it: they take the batches in turn.
+    """
     sums, size = torch.zeros(4, 2, device=device), min(batch_size, 250)
     generator = make_generator(seed, 2**32 - 1)
     with averaged_weights():
-        for start in range(0, len(images), size):
-            x0 = to_float(torch.tensor(images[start : start + size])).to(device)
-            y = None if labels is None else torch.from_numpy(labels[start : start + len(x0)]).to(device)
-            t, eps = (v.to(device) for v in model.random_t_eps(len(x0), generator))
-            add_by_quarter(sums, model(x0, y, t, eps), t)
+        for i, start in enumerate(range(0, len(images), size)):
+            part = slice(start, min(start + size, len(images)))
+            t, eps = model.random_t_eps(part.stop - start, generator)
+            if i % world == rank:
+                x0, t, eps = to_float(torch.tensor(images[part]).to(device)), t.to(device), eps.to(device)
+                y = None if labels is None else torch.from_numpy(labels[part]).to(device)
+                add_by_quarter(sums, model(x0, y, t, eps), t)
+    if world > 1:
+        dist.all_reduce(sums)
     return sums
 
 
@@ -279,7 +296,7 @@ while step < max_iters and not stopped:
     t, eps = (v[rows] for v in model.random_t_eps(batch_size, generator, device))
     if y is not None:
         y = model.drop_labels(y, torch.rand(batch_size, generator=generator, device=device)[rows])
-    torch.manual_seed(seed_of(seed + rank + 1, step))
+    seed_dropout(seed_of(seed + rank + 1, step))
 
     # Forward and backward, one micro-batch at a time. Gradients are averaged over processes after the last one.
     for start in range(0, len(x0), micro):
@@ -330,8 +347,8 @@ while step < max_iters and not stopped:
         log_sums.zero_()
         log_step, log_time = step, now
 
-    # Validate and save, on rank 0.
-    if evaluates and rank == 0:
+    # Validate; rank 0 saves.
+    if evaluates:
         history["step"].append(step)
         history["epochs"].append(step * batch_size / n_train)
         history["train_loss"].append(mean(train_sums))
