@@ -124,16 +124,16 @@ if batch_size % (world * grad_accum):
     raise UserError(f"batch_size: {batch_size} is not divisible by {world} processes x grad_accum {grad_accum}")
 device, amp_dtype, use_compile = setup_device(device, dtype, use_compile)
 
-# 3. Data: rank 0 downloads or decodes what is missing while the others wait.
+# 3. Data: rank 0 downloads or decodes what is missing, then one process on each other host, then the rest.
 if world > 1:
     nccl = "cuda" in device and dist.is_nccl_available()  # not on Windows
     gpu, hours = torch.device(device) if nccl else None, datetime.timedelta(hours=2)
     dist.init_process_group("nccl" if nccl else "gloo", timeout=hours, device_id=gpu)
-if rank > 0:
-    dist.barrier()
-(images, labels), (test_images, test_labels), names = load_splits(dataset, data_dir, image_size, classes)
-if rank == 0 and world > 1:
-    dist.barrier()
+for turn in range(3):
+    if turn == (0 if rank == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2):
+        (images, labels), (test_images, test_labels), names = load_splits(dataset, data_dir, image_size, classes)
+    if world > 1:
+        dist.barrier()
 if not conditional or labels is None:
     labels = test_labels = None
     names = names if len(names) == 1 else []  # augment.py labels the images of a one-class model
