@@ -546,7 +546,7 @@ def test_ddpm_image_sizes_and_batch_independence():
 
 def test_ddpm_any_width_has_groups_that_divide_it():
     for ch in (2, 6, 8, 10, 48, 100, 128, 320):
-        norm = ddpm.group_norm(ch)
+        norm = ddpm.GroupNorm(ch)
         assert ch % norm.num_groups == 0 and norm.num_groups <= 32
     model = tiny(ch=8)
     x0, y = random_batch(model)
