@@ -13,6 +13,7 @@ import difflib
 import glob
 import os
 import re
+import signal
 import sys
 import time
 import types
@@ -137,6 +138,32 @@ def configure(namespace, ranges=None, **optional):
         check_range(key, config[key], interval)
     namespace.update(given)
     return config, given
+
+
+def apply_saved(saved, config, given, namespace, fixed, log=print):
+    """Settings of a resumed run: those saved with its checkpoint, unless given. Those in `fixed` must not change."""
+    for key, old in saved.items():
+        if key in ("init_from", "out_dir", "device", "use_compile") or key not in config or given.get(key) == old:
+            continue
+        if key not in given:
+            config[key] = namespace[key] = old
+        elif key in fixed:
+            raise UserError(f"{key}: checkpoint {old!r}, flag {given[key]!r}: resume with the checkpoint's value")
+        else:
+            log(f"resume: {key} changes from {old!r} to {given[key]!r}")
+
+
+def catch_signals():
+    """A list to which the first Ctrl-C or SIGTERM is appended, for a loop to end on. A second one ends the program."""
+    caught = []
+
+    def stop(signum, frame):
+        caught.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
+    return caught
 
 
 def print_help(doc, defaults, optional):

@@ -734,13 +734,17 @@ def atomic_write(path):
         raise
 
 
-def load_checkpoint(path):
-    """Reads a checkpoint onto the CPU without executing anything in it. Raises UserError if missing or damaged."""
+def load_checkpoint(path, keys=("model_args", "ema")):
+    """Reads a checkpoint onto the CPU without executing anything in it: a dict that has `keys`.
+
+    Raises UserError if it is missing or damaged.
+    """
     if not os.path.exists(path):
         raise UserError(f"no checkpoint {path}: train one with `python train.py`, or give its folder with --out_dir")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["model_args"], checkpoint["ema"]["shadow"]
+        for key in keys:
+            checkpoint[key]
     except PermissionError:
         raise UserError(f"cannot read checkpoint {path}: permission denied") from None
     except Exception as e:

@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import math
 import os
-import signal
 import time
 import warnings
 from dataclasses import asdict, fields
@@ -18,7 +17,7 @@ from dataclasses import asdict, fields
 import torch
 import torch.distributed as dist
 
-from configurator import configure, dtype_name, duration, resolve_guidance, setup_device
+from configurator import apply_saved, catch_signals, configure, dtype_name, duration, resolve_guidance, setup_device
 from data import Batches, fingerprint, load_splits, save_json, tile, training_count
 from ddpm import (
     DDPM,
@@ -111,15 +110,7 @@ if init_from == "resume":
     if "optimizer" not in checkpoint:
         raise UserError(f"{checkpoint_path} holds only averaged weights: it cannot be resumed")
     fixed = {f.name for f in fields(DDPMConfig)} | {"conditional", "dataset", "classes"}
-    for key, old in checkpoint["config"].items():
-        if key in ("init_from", "out_dir", "device", "use_compile") or key not in config or given.get(key) == old:
-            continue
-        if key not in given:
-            config[key] = globals()[key] = old
-        elif key in fixed:
-            raise UserError(f"{key}: checkpoint {old!r}, flag {given[key]!r}: resume with the checkpoint's value")
-        else:
-            log(f"resume: {key} changes from {old!r} to {given[key]!r}")
+    apply_saved(checkpoint["config"], config, given, globals(), fixed, log)
 if batch_size % (world * grad_accum):
     raise UserError(f"batch_size: {batch_size} is not divisible by {world} processes x grad_accum {grad_accum}")
 device, amp_dtype, use_compile = setup_device(device, dtype, use_compile)
@@ -264,16 +255,7 @@ def save():
 
 
 # 8. Signals: the first Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second one at once.
-signals = []
-
-
-def stop(signum, frame):
-    signals.append(signum)
-    signal.signal(signum, signal.SIG_DFL)
-
-
-for signum in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(signum, stop)
+signals = catch_signals()
 
 # 9. The loop.
 if rank == 0:

@@ -1,0 +1,395 @@
+"""Studies: trains the cells of a comparison, samples and scores each, and writes a table and an image.
+
+python ablate.py mistuned                       a gallery of mistakes on generated shapes
+python ablate.py schedules --seeds=2            two training runs of each cell; mean ± standard error in the table
+python ablate.py schedules --dry_run=True       lists the cells, their commands and the expected time
+python ablate.py report                         writes the tables of results/*.json into RESULTS.md
+
+Every cell runs train.py (or gan.py), augment.py and evaluate.py as its own processes, with the budget and the noise of
+all the others. Resumable: run the same command again, even after kill -9.
+"""
+
+import ctypes
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import numpy as np
+import torch
+
+from configurator import HERE, catch_signals, configure, defaults_of, duration, run_config
+from data import load_array, read_json, save_json, tile
+from ddpm import LOSSES, SCHEDULES, UserError, atomic_write, check_choice
+
+# ---------------------------------------------------------------------------------------------------------------------
+seeds = 1  # training runs of each cell
+seed = 0  # the first of them
+minutes = 0.0  # of training, each cell; 0: the study's
+max_iters = 0  # steps of each cell instead of minutes; 0: from the minutes
+n = 0  # images to sample and score, each cell; 0: the study's
+data_dir = "data"
+work_dir = "out-ablate"  # checkpoints, samples and logs; can be deleted when a study is done
+results_dir = "results"  # STUDY.json, STUDY.md and STUDY.png
+device = "auto"  # cuda, mps, cpu
+dry_run = False
+# ---------------------------------------------------------------------------------------------------------------------
+# A study: config, base (settings of all cells), cells ({title: settings}), and how they are compared.
+#   Settings are keys of train.py (or of another `script`) and, if train.py does not have them, of augment.py.
+#   score: sample and score only these classes. share: of the budget.
+#   equal: images (the first cell sets how many steps all take) or minutes. loss: validation losses can be compared.
+
+CIFAR = dict(config="config/cifar_small.py", minutes=15, n=2000)
+CATS = dict(config="config/cats_frogs.py", minutes=10, n=1000)
+CATS_ALONE = dict(classes="cat", conditional=False)
+STUDIES = {
+    "schedules": dict(
+        config="config/fashion_mnist.py",
+        minutes=10,
+        n=2000,
+        cells={f"{s}, {loss}": dict(schedule=s, loss=loss) for s in SCHEDULES for loss in LOSSES},
+    ),
+    "linear_cosine": CIFAR | dict(cells={s: dict(schedule=s) for s in ("linear", "cosine")}, loss=True),
+    "weighting": CIFAR | dict(cells={w: dict(weighting=w) for w in ("simple", "vlb", "min_snr")}),
+    "objective": CIFAR | dict(cells={o: dict(objective=o) for o in ("eps", "v", "x0")}),
+    "timesteps": CIFAR | dict(cells={f"T = {T}": dict(timesteps=T) for T in (100, 500, 1000, 1500)}),
+    "sizes": CATS
+    | dict(
+        base=CATS_ALONE,
+        equal="minutes",
+        loss=True,
+        cells={
+            "2 levels, ch 64": {},
+            "3 levels, ch 64": dict(ch_mult=(1, 2, 2)),
+            "2 levels, ch 32": dict(ch=32),
+            "3 levels, ch 32": dict(ch=32, ch_mult=(1, 2, 2)),
+            "plain CNN": dict(arch="cnn"),
+        },
+    ),
+    "ema_guidance": CIFAR
+    | dict(cells={f"{'EMA' if e else 'raw'}, w = {w:g}": dict(ema=e, w=w) for e in (True, False) for w in (0.0, 1.8)}),
+    "conditional": CATS
+    | dict(
+        cells={
+            "cats, trained on cats": CATS_ALONE | dict(score="cat"),
+            "cats, trained on both": dict(score="cat"),
+            "frogs, trained on both": dict(score="frog"),
+        },
+    ),
+    "gan": CATS
+    | dict(
+        base=CATS_ALONE | dict(script="gan.py"),
+        equal="minutes",
+        cells={
+            "DCGAN, cats": {},
+            "half the time": dict(share=0.5),
+            "label smoothing": dict(label_smoothing=0.1),
+            "noised inputs": dict(input_noise=0.1),
+            "both": dict(label_smoothing=0.1, input_noise=0.1),
+            "DDPM, cats": dict(script="train.py"),
+            "conditional DCGAN, cats + frogs": dict(classes="cat,frog", conditional=True),
+            "conditional DDPM, cats + frogs": dict(script="train.py", classes="cat,frog", conditional=True),
+        },
+    ),
+    "mistuned": dict(
+        config="config/shapes.py",
+        base=dict(schedule="linear"),
+        minutes=1.5,
+        n=1500,
+        cells={
+            "as it should be": {},
+            "lr 20 times too large": dict(lr=4e-2),
+            "beta_end too small": dict(beta_end=0.004),
+            "beta_end too large": dict(beta_end=0.5),
+            "T = 50 with T = 500's betas": dict(timesteps=50),
+            "half of the labels dropped": dict(p_uncond=0.5),
+            "no EMA": dict(ema=False),
+            "guidance w = 12": dict(w=12.0, interval=()),
+            "one step": dict(steps=1),
+        },
+    ),
+}
+OWN = dict(script="train.py", share=1, score="")  # keys that are not settings of a script
+SAMPLING = defaults_of("augment.py").keys() - defaults_of("train.py").keys()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes
+
+
+def die_with_parent():
+    """In a child, on Linux: asks for SIGTERM when the parent is gone, even by kill -9."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def run(command, log):
+    """Runs a command with its output appended to a file, and passes a signal on to it. Raises UserError if it fails."""
+    with open(log, "ab") as f:
+        process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, preexec_fn=die_with_parent)
+        while process.poll() is None:
+            if signals:
+                process.terminate()
+            time.sleep(0.2)
+    if signals:
+        raise UserError("stopped by a signal: run the same command again to continue")
+    if process.returncode:
+        with open(log, encoding="utf-8", errors="replace") as f:
+            last = (f.read().strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"{' '.join(command[1:3])} … failed: {last} (see {log})")
+
+
+def steps_per_second(command, log):
+    """The speed of a training command over 20 seconds, from its log lines; it is killed then."""
+    with open(log, "wb") as f:
+        process = subprocess.Popen([*command, "--log_interval=5"], stdout=f, stderr=f, preexec_fn=die_with_parent)
+    marks = []  # (time, step) of each new line
+    while process.poll() is None and not signals and (len(marks) < 3 or time.time() - marks[0][0] < 20):
+        time.sleep(0.2)
+        with open(log, encoding="utf-8", errors="replace") as f:
+            steps = [0, *map(int, re.findall(r"^step +(\d+)", f.read(), re.M))]
+        if steps[-1] > (marks[-1][1] if marks else 0):
+            marks.append((time.time(), steps[-1]))
+    process.kill()
+    process.wait()
+    if len(marks) < 3:
+        raise UserError(f"{' '.join(command[1:3])} … takes too few steps to be timed (see {log})")
+    (start, first), (end, last) = marks[0], marks[-1]
+    return (last - first) / (end - start)
+
+
+def flags(**settings):
+    """Settings as command-line flags."""
+    text = {key: ",".join(map(str, v)) if isinstance(v, (tuple, list)) else v for key, v in settings.items()}
+    return [f"--{key}={value}" for key, value in text.items()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a study
+
+
+def slug(text):
+    """A title as a file name."""
+    return re.sub(r"[^a-zA-Z0-9.]+", "-", text).strip("-")
+
+
+def make_plan(study, folder):
+    """A dict for each seed and cell: its title, folders, and the commands that train, sample and score it."""
+    plan, models = [], {}
+    recipe = {key: value for key, (value, _) in run_config(study["config"]).items()}
+    for k in range(seed, seed + seeds):
+        for title, cell in study["cells"].items():
+            settings = study.get("base", {}) | cell
+            sampling = {key: settings.pop(key) for key in SAMPLING & settings.keys()}
+            script, share, score = (settings.pop(key, default) for key, default in OWN.items())
+            model = models.setdefault(
+                repr((script, share, settings)), title
+            )  # cells that only sample otherwise share it
+            model_dir, cell_dir = f"{folder}/model-{slug(model)}-{k}", f"{folder}/cell-{slug(title)}-{k}"
+            where = dict(data_dir=data_dir, device=device)
+            config = [study["config"]] if script == "train.py" else []
+            train = [*python(script), *config, *flags(**settings, seed=k, out_dir=model_dir, **where)]
+            resume = [*python(script), *flags(init_from="resume", out_dir=model_dir, **where)]
+            if script == "train.py":
+                synthetic = f"{cell_dir}/synthetic"
+                subset = dict(classes=score) if score else {}
+                how = dict(out_dir=model_dir, synthetic_dir=synthetic, device=device, **sampling, **subset)
+                sample = [*python("augment.py"), *flags(**how)]
+            else:  # it samples itself
+                synthetic, sample = f"{model_dir}/synthetic", resume
+            real = dict(dataset=recipe.get("dataset", "cifar10"), data_dir=data_dir, device=device)
+            real |= dict(classes=score or settings.get("classes", recipe.get("classes", "")), n=study["n"])
+            how = dict(samples=synthetic, out_dir=cell_dir, cache_dir=f"{work_dir}/features")
+            evaluate = [*python("evaluate.py"), *flags(**how, **real, allow_small_n=study["n"] <= 1280)]
+            plan.append(dict(title=title, seed=k, model=model, share=share, model_dir=model_dir, cell_dir=cell_dir))
+            plan[-1] |= dict(checkpoint=f"{model_dir}/{'ckpt' if script == 'train.py' else 'gan'}.pt", score=score)
+            plan[-1] |= dict(train=train, resume=resume, sample=sample, evaluate=evaluate, synthetic=synthetic)
+    return plan
+
+
+def python(script):
+    return [sys.executable, f"{HERE}/{script}"]
+
+
+def train_cell(cell, content, minutes, save):
+    """Trains a cell's model, or goes on with it, for the steps of the study's budget."""
+    budgets = content["budgets"]  # {model: its steps and speed}
+    first = next(iter(budgets.values()), None)
+    if cell["model"] not in budgets:
+        if max_iters:
+            budgets[cell["model"]] = dict(steps=round(cell["share"] * max_iters))
+        elif first and content["study"].get("equal", "images") == "images":
+            budgets[cell["model"]] = dict(steps=first["steps"])
+        else:
+            trial = f"{cell['model_dir']}-trial"
+            shutil.rmtree(trial, ignore_errors=True)
+            os.makedirs(trial)
+            speed = steps_per_second([*cell["train"], f"--out_dir={trial}"], f"{trial}.txt")
+            shutil.rmtree(trial)
+            steps = math.ceil(60 * minutes * cell["share"] * speed)
+            budgets[cell["model"]] = dict(steps=steps, steps_per_second=speed)
+        save()
+    steps = budgets[cell["model"]]["steps"]
+    log = f"{cell['model_dir']}/log.json"
+    done = read_json(log)["step"] if os.path.exists(log) else []
+    if not done or done[-1] < steps:
+        os.makedirs(cell["model_dir"], exist_ok=True)
+        command = cell["resume" if os.path.exists(cell["checkpoint"]) else "train"]
+        run([*command, f"--max_iters={steps}"], f"{cell['model_dir']}/log.txt")
+    return steps
+
+
+def sample_and_score(cell, n):
+    """The scores of a cell's samples, as evaluate.py gives them."""
+    checkpoint = torch.load(cell["checkpoint"], map_location="cpu", weights_only=True)
+    K = checkpoint["num_classes"] if "num_classes" in checkpoint else checkpoint["model_args"]["num_classes"]
+    per_class = math.ceil(n / (len(cell["score"].split(",")) if cell["score"] else max(1, K)))
+    os.makedirs(cell["cell_dir"], exist_ok=True)
+    log = f"{cell['cell_dir']}/log.txt"
+    run([*cell["sample"], f"--per_class={per_class}"], log)
+    run(cell["evaluate"], log)
+    return read_json(f"{cell['cell_dir']}/evaluate.json")["scores"], checkpoint["config"]["batch_size"]
+
+
+def mean_text(values, digits):
+    """Mean ± standard error."""
+    if any(v is None for v in values):
+        return ""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{error}"
+
+
+def table(name, content):
+    """The study as Markdown."""
+    study, cells = content["study"], {}
+    for result in content["runs"]:
+        cells.setdefault(result["title"], []).append(result)
+    columns = {"images seen": ("images", 1, 0), "FD": ("fd", 1, 2), "KD": ("kd", 1000, 2)}
+    columns |= {"precision": ("precision", 1, 3), "recall": ("recall", 1, 3)}
+    if study.get("loss"):
+        columns["validation loss"] = ("val_loss", 1, 4)
+    lines = [
+        f"`python ablate.py {name}{content['flags']}`, {study['config']}, n={study['n']}; {content['machine']}.",
+        "",
+    ]
+    lines += [f"| {' | '.join(['', 'seeds', *columns])} |", "| --- " * (len(columns) + 2) + "|"]
+    for title, runs in cells.items():
+        texts = [
+            mean_text([None if r[key] is None else scale * r[key] for r in runs], digits)
+            for key, scale, digits in columns.values()
+        ]
+        lines.append(f"| {' | '.join([title, str(len(runs)), *texts])} |")
+    real = content["runs"][0]["real"]
+    texts = [f"{1000 * real['kd']:.2f}" if key == "kd" else f"{real[key]:.{d}f}" if real.get(key) is not None else ""
+             for key, _, d in columns.values()]  # fmt: skip
+    lines.append(f"| {' | '.join(['real images', '', *texts])} |")
+    return "\n".join([*lines, "", f"![{name}](results/{name}.png)", ""])
+
+
+def write_image(plan, content, path):
+    """A row of ten images per finished cell of the first seed, from the same noise."""
+    finished = {(r["title"], r["seed"]) for r in content["runs"]}
+    shown = [cell for cell in plan if (cell["title"], cell["seed"]) in finished and cell["seed"] == seed]
+    rows = [load_array(f"{cell['synthetic']}/images_00000.npy")[:10] for cell in shown]
+    tile(np.concatenate(rows), 10, [cell["title"] for cell in shown]).save(path)
+
+
+def main(name):
+    check_choice("ablate.py STUDY", name, (*STUDIES, "report"))
+    if name == "report":
+        return report()
+    study = dict(STUDIES[name])
+    study |= dict(n=n or study["n"])
+    budget, folder, path = minutes or study["minutes"], f"{work_dir}/{name}", f"{results_dir}/{name}.json"
+    settings = dict(study=study, minutes=None if max_iters else budget, max_iters=max_iters, torch=torch.__version__)
+    settings = json.loads(json.dumps(settings))
+    plan = make_plan(study, folder)
+    trainings = len({cell["model_dir"] for cell in plan})
+    print(
+        f"{name}: {len(study['cells'])} cells x {seeds} seeds, {trainings} trainings of "
+        + (f"{max_iters} steps" if max_iters else f"{budget:g} minutes, equal {study.get('equal', 'images')}: "
+           f"about {duration(60 * (budget * trainings + 1.5 * len(plan)))}"),
+        flush=True,
+    )  # fmt: skip
+    if dry_run:
+        for cell in plan:
+            for key in ("train", "sample", "evaluate"):
+                print(f"{cell['title']}, seed {cell['seed']}: {shlex.join(['python', *cell[key][1:]])}")
+        return
+    content = settings | dict(runs=[], budgets={}, machine=machine(), flags=given_flags())
+    for kept in (path, f"{folder}/settings.json"):
+        if os.path.exists(kept):
+            old = read_json(kept)
+            for key, value in settings.items():
+                if old.get(key) != value:
+                    raise UserError(f"{kept} is of other settings ({key}): use another --results_dir and --work_dir")
+            content |= old
+    for needed in (folder, results_dir):
+        os.makedirs(needed, exist_ok=True)
+    save_json(f"{folder}/settings.json", settings)
+    save, start, made = lambda: save_json(path, content), time.time(), 0
+    for i, cell in enumerate(plan):
+        if any((r["title"], r["seed"]) == (cell["title"], cell["seed"]) for r in content["runs"]):
+            continue
+        steps = train_cell(cell, content, budget, save)
+        scores, batch_size = sample_and_score(cell, study["n"])
+        real = next(value for key, value in scores.items() if key.startswith("real"))
+        log = read_json(f"{cell['model_dir']}/log.json")
+        result = dict(title=cell["title"], seed=cell["seed"], steps=steps, images=steps * batch_size, real=real)
+        content["runs"].append(result | dict(val_loss=(log.get("val_loss") or [None])[-1]) | scores["samples"])
+        save()
+        with atomic_write(f"{results_dir}/{name}.md") as f:
+            f.write(table(name, content).encode())
+        write_image(plan, content, f"{results_dir}/{name}.png")
+        made += 1
+        left = duration((time.time() - start) / made * (len(plan) - i - 1))
+        fd = scores["samples"]["fd"]
+        print(
+            f"{i + 1:3d} of {len(plan)}  {cell['title']}, seed {cell['seed']}: {steps} steps, FD "
+            f"{'refused' if fd is None else f'{fd:.2f}'}, KD {1000 * scores['samples']['kd']:.2f}; {left} left",
+            flush=True,
+        )
+    print(f"wrote {path}, {results_dir}/{name}.md and {results_dir}/{name}.png")
+
+
+def given_flags():
+    return "".join(f" --{key}={value}" for key, value in given.items() if key in ("seeds", "minutes", "max_iters", "n"))
+
+
+def machine():
+    """What a result needs beside its numbers: the commit, the machine and torch."""
+    done = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    commit = done.stdout.strip() or "unknown"
+    return f"commit {commit}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def report():
+    """Puts every results/STUDY.md into RESULTS.md, between <!-- STUDY --> and <!-- end -->."""
+    path = f"{HERE}/RESULTS.md"
+    with open(path, encoding="utf-8") as f:
+        text = f.read()
+    for name in STUDIES:
+        if os.path.exists(f"{results_dir}/{name}.json"):
+            section = f"<!-- {name} -->\n{table(name, read_json(f'{results_dir}/{name}.json'))}<!-- end -->"
+            text, count = re.subn(rf"<!-- {name} -->.*?<!-- end -->", lambda _: section, text, flags=re.S)
+            print(f"{name}: {'written' if count else f'RESULTS.md has no <!-- {name} --> … <!-- end -->'}")
+    with atomic_write(path) as f:
+        f.write(text.encode())
+
+
+if __name__ == "__main__":
+    NAME = next((arg for arg in sys.argv[1:] if not arg.startswith("-")), "")
+    sys.argv = [arg for arg in sys.argv if arg != NAME]
+    ranges = dict(seeds="[1, inf)", seed="[0, inf)", minutes="[0, inf)", max_iters="[0, inf)", n="[0, inf)")
+    config, given = configure(globals(), ranges)
+    signals = catch_signals()
+    main(NAME)

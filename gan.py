@@ -1,0 +1,272 @@
+"""Baseline: a DCGAN (Radford, Metz, Chintala 2016; Goodfellow et al. 2014), unconditional or conditional.
+
+python gan.py --classes=cat --conditional=False            one class
+python gan.py --classes=cat,frog                           conditional: labels as an extra channel of both networks
+python gan.py --label_smoothing=0.1 --input_noise=0.1      two remedies against a discriminator that wins too early
+python gan.py --init_from=resume --out_dir=out-gan         continue after a stop (Ctrl-C saves first)
+python gan.py --per_class=5000 --init_from=resume          write a synthetic set, as augment.py does, at the end
+
+Writes checkpoint gan.pt, log.json, grids from fixed noise, and training.gif of them. For square images of one size
+halved to 4 or an odd side, such as 32x32 and 28x28.
+"""
+
+import math
+import os
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from configurator import apply_saved, catch_signals, configure, duration, progress, setup_device
+from data import (
+    Batches,
+    file_hash,
+    fingerprint,
+    load_splits,
+    save_json,
+    shard_files,
+    tile,
+    training_count,
+    write_shards,
+)
+from ddpm import UserError, atomic_write, check_choice, load_checkpoint, make_generator, seed_of, to_uint8
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run
+out_dir = "out-gan"
+init_from = "scratch"  # or resume: continue from out_dir's checkpoint, with its settings unless given
+seed = 0  # of weights, batches and noise
+device = "auto"  # cuda, mps, cpu
+# data, as in train.py
+dataset = "cifar10"
+data_dir = "data"
+classes = ""  # cat,frog keeps only these
+image_size = 0  # 0: the data set's own
+val_fraction = 0.1  # not trained on, so that classifier.py can validate on it
+hflip = True
+conditional = True  # False: ignore the labels
+# networks
+z_dim = 100  # of the noise
+ch = 64  # width of the layers at full resolution; doubles with each halving
+# optimisation
+batch_size = 64
+max_iters = 20_000  # steps, each of both networks
+lr = 2e-4
+beta1 = 0.5  # of Adam
+label_smoothing = 0.0  # 0.1: the discriminator's targets are 0.9 and 0.1
+input_noise = 0.0  # standard deviation of noise on the discriminator's inputs, falling linearly to 0
+# reports
+log_interval = 100
+sample_interval = 1000  # steps between grids, each followed by a checkpoint
+per_class = 0  # above 0: at the end write so many images of each class to out_dir/synthetic
+# ---------------------------------------------------------------------------------------------------------------------
+# networks
+
+
+def sides_of(size):
+    """The sides of the feature maps, halved from size while even and above 4: 32 -> [32, 16, 8, 4]."""
+    sides = [size]
+    while sides[-1] % 2 == 0 and sides[-1] > 4:
+        sides.append(sides[-1] // 2)
+    return sides
+
+
+def init_dcgan(module):
+    """Weights of N(0, 0.02), of norms N(1, 0.02) (Radford et al., sec. 4)."""
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+
+
+class Generator(nn.Module):
+    """z (B, z_dim), y (B,) or None -> images (B, C, H, W) in [-1, 1]."""
+
+    def __init__(self, size, channels, K):
+        super().__init__()
+        *_, side = sides = sides_of(size)
+        widths = [ch * 2**i for i in range(len(sides) - 1)]  # of the maps below full resolution, the largest map first
+        self.project, self.shape = nn.Linear(z_dim, widths[-1] * side**2), (widths[-1], side, side)
+        self.label = nn.Embedding(K, side**2) if K else None  # one more channel
+        inputs = [widths[-1] + bool(K), *widths[-2::-1]]
+        layers = [nn.BatchNorm2d(inputs[0]), nn.ReLU()]
+        for a, b in zip(inputs, [*inputs[1:], channels]):
+            layers += [nn.ConvTranspose2d(a, b, 4, stride=2, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
+        self.layers = nn.Sequential(*layers[:-2])  # no norm at the output
+
+    def forward(self, z, y):
+        h = self.project(z).view(-1, *self.shape)
+        if self.label is not None:
+            h = torch.cat([h, self.label(y).view(-1, 1, *h.shape[2:])], dim=1)
+        return torch.tanh(self.layers(h))
+
+
+class Discriminator(nn.Module):
+    """Images (B, C, H, W), y (B,) or None -> the logit of being real, (B,)."""
+
+    def __init__(self, size, channels, K):
+        super().__init__()
+        *_, side = sides = sides_of(size)
+        self.label = nn.Embedding(K, size**2) if K else None
+        widths, layers = [channels + bool(K), *(ch * 2**i for i in range(len(sides) - 1))], []
+        for a, b in zip(widths, widths[1:]):
+            layers += [nn.Conv2d(a, b, 4, stride=2, padding=1), nn.BatchNorm2d(b), nn.LeakyReLU(0.2)]
+        del layers[1]  # no norm at the input
+        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * side**2, 1))
+
+    def forward(self, x, y):
+        if self.label is not None:
+            x = torch.cat([x, self.label(y).view(-1, 1, *x.shape[2:])], dim=1)
+        return self.layers(x).squeeze(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings, data, networks, state
+ranges = dict.fromkeys(("batch_size", "max_iters", "log_interval", "sample_interval", "ch", "z_dim"), "[1, inf)")
+ranges |= dict(lr="(0, inf)", beta1="[0, 1)", label_smoothing="[0, 0.5)", input_noise="[0, inf)", image_size="[0, inf)")
+ranges |= dict(val_fraction="[0, 1)", per_class="[0, inf)")
+config, given = configure(globals(), ranges)
+check_choice("init_from", init_from, ("scratch", "resume"))
+checkpoint_path, checkpoint = os.path.join(out_dir, "gan.pt"), None
+if init_from == "resume":
+    checkpoint = load_checkpoint(checkpoint_path, ("generator", "discriminator", "config"))
+    fixed = ("dataset", "classes", "conditional", "image_size", "ch", "z_dim")
+    apply_saved(checkpoint["config"], config, given, globals(), fixed)
+device, _, _ = setup_device(device, "float32", False)
+
+(images, labels), _, names = load_splits(dataset, data_dir, image_size, classes)
+n_train = training_count(len(images), val_fraction)
+trained_on = dict(dataset=dataset, classes=classes, val_fraction=val_fraction, validation=fingerprint(images[n_train:]))
+if not conditional or labels is None:
+    labels, names = None, names if len(names) == 1 else []
+train_labels = None if labels is None else labels[:n_train]
+batches = Batches(images[:n_train], train_labels, batch_size, seed, hflip, device=device)
+K, size, channels = 0 if labels is None else len(names), images.shape[1], images.shape[3]
+if len(sides_of(size)) < 2:
+    raise UserError(f"image_size: {size} cannot be halved down to 4 or an odd number")
+
+torch.manual_seed(seed)
+G, D = (kind(size, channels, K).apply(init_dcgan).to(device) for kind in (Generator, Discriminator))
+G_optimizer, D_optimizer = (torch.optim.Adam(net.parameters(), lr=lr, betas=(beta1, 0.999)) for net in (G, D))
+parts = dict(generator=G, discriminator=D, G_optimizer=G_optimizer, D_optimizer=D_optimizer)
+step, history = 0, {"step": [], "d_loss": [], "g_loss": [], "d_real": [], "d_fake": []}
+if checkpoint:
+    step, history = checkpoint["step"], checkpoint["history"]
+    for name, part in parts.items():
+        part.load_state_dict(checkpoint[name])
+os.makedirs(out_dir, exist_ok=True)
+sizes = [f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f}M" for net in (G, D)]
+print(
+    f"generator {sizes[0]}, discriminator {sizes[1]} parameters on {device}; {n_train} training images of "
+    f"{(channels, size, size)}, {K or 'no'} classes; steps {step} to {max_iters}, batch {batch_size}",
+    flush=True,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reports
+
+
+@torch.no_grad()
+def generate(y, indices):
+    """Images (n, H, W, C) uint8 for labels y (n,); image k has noise indices[k] of the seed."""
+    z = torch.stack([torch.randn(z_dim, generator=make_generator(seed, k)) for k in indices]).to(device)
+    G.eval()
+    x = to_uint8(G(z, y.to(device) if K else None)).cpu().numpy()
+    G.train()
+    return x
+
+
+def save():
+    content = {name: part.state_dict() for name, part in parts.items()}
+    with atomic_write(checkpoint_path) as f:
+        torch.save(content | dict(step=step, history=history, config=config, num_classes=K), f)
+    save_json(f"{out_dir}/log.json", history)
+
+
+def grid_path(step):
+    return f"{out_dir}/samples_{step:06d}.png"
+
+
+def save_gif():
+    """All grids of the run as training.gif."""
+    from PIL import Image
+
+    steps = sorted({*range(sample_interval, max_iters + 1, sample_interval), max_iters})
+    frames = [Image.open(grid_path(k)) for k in steps if os.path.exists(grid_path(k))]
+    if frames:
+        times = [200] * (len(frames) - 1) + [2000]  # ms
+        frames[0].save(f"{out_dir}/training.gif", save_all=True, append_images=frames[1:], loop=0, duration=times)
+
+
+def write_set():
+    """per_class images of each class as shards with a manifest, in turn by class, as augment.py writes them."""
+    folder, C, start = f"{out_dir}/synthetic", max(1, K), time.time()
+    for path in shard_files(folder):
+        os.remove(path)
+    y, made = torch.arange(C).repeat(per_class), []
+    for part in torch.arange(len(y)).split(500):
+        made.append(torch.from_numpy(generate(y[part], (part + 2**30).tolist())))
+        progress("synthetic", (int(part[-1]) + 1) / len(y), start)
+    write_shards(folder, torch.cat(made).numpy(), y.numpy() if names else None, names)
+    hashes = {os.path.basename(p): file_hash(p) for p in shard_files(folder)}
+    save_json(f"{folder}/manifest.json", dict(complete=True, settings=config, shards=hashes, trained_on=trained_on))
+    print(f"{len(y)} images in {folder}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loop
+signals, shown = catch_signals(), torch.arange(min(10, max(1, K))).repeat_interleave(8)
+start, first_step = time.time(), step
+real_target, fake_target = 1 - label_smoothing, label_smoothing
+while step < max_iters and not signals:
+    x, y = batches(step)
+    torch.manual_seed(seed_of(seed + 1, step))
+    z = torch.randn(len(x), z_dim, device=device)
+    noise = input_noise * (1 - step / max_iters)
+
+    # Discriminator: real images towards real_target, generated ones towards fake_target.
+    fake = G(z, y)
+    d_real, d_fake = (D(v + noise * torch.randn_like(v), y) for v in (x, fake.detach()))
+    d_loss = sum(
+        F.binary_cross_entropy_with_logits(d, torch.full_like(d, target))
+        for d, target in ((d_real, real_target), (d_fake, fake_target))
+    )
+    D_optimizer.zero_grad()
+    d_loss.backward()
+    D_optimizer.step()
+
+    # Generator: generated images towards "real" (the non-saturating loss of Goodfellow et al., sec. 3).
+    d_fooled = D(fake + noise * torch.randn_like(fake), y)
+    g_loss = F.binary_cross_entropy_with_logits(d_fooled, torch.ones_like(d_fooled))
+    G_optimizer.zero_grad()
+    g_loss.backward()
+    G_optimizer.step()
+    step += 1
+
+    if step % log_interval == 0 or step == max_iters:
+        d, g, speed = d_loss.item(), g_loss.item(), (step - first_step) * batch_size / (time.time() - start)
+        if not math.isfinite(d + g):
+            raise UserError(f"the losses are {d:.3g} and {g:.3g} at step {step}: lower lr")
+        shares = (d_real > 0).float().mean().item(), (d_fake > 0).float().mean().item()
+        for key, value in zip(history, (step, d, g, *shares)):
+            history[key].append(value)
+        left = duration((max_iters - step) * batch_size / speed)
+        print(
+            f"step {step:7d}  D loss {d:.4f}  G loss {g:.4f}  taken for real: {shares[0]:4.0%} of real, "
+            f"{shares[1]:4.0%} of generated  {speed:8.1f} images/s  {left} left",
+            flush=True,
+        )
+    if step % sample_interval == 0 or step == max_iters:
+        tile(generate(shown, range(len(shown))), 8, names[:10] if K else ()).save(grid_path(step))
+        save()
+
+if signals:
+    save()
+    print(f"stopped by a signal at step {step}: `python gan.py --init_from=resume --out_dir={out_dir}` continues")
+else:
+    save_gif()
+    if per_class:
+        write_set()
+    print(f"done: {out_dir}/training.gif shows the same noise over training")
