@@ -87,6 +87,7 @@ STUDIES = {
     ),
     "gan": CATS
     | dict(
+        n=(1000, 5000),
         base=CATS_ALONE | dict(script="gan.py"),
         equal="minutes",
         cells={
@@ -103,11 +104,11 @@ STUDIES = {
     "mistuned": dict(
         config="config/shapes.py",
         base=dict(schedule="linear"),
-        minutes=1.5,
-        n=1500,
+        minutes=2.5,
+        n=500,
         cells={
             "as it should be": {},
-            "lr 20 times too large": dict(lr=4e-2),
+            "lr 10 times too large": dict(lr=2e-2),
             "beta_end too small": dict(beta_end=0.004),
             "beta_end too large": dict(beta_end=0.5),
             "T = 50 with T = 500's betas": dict(timesteps=50),
@@ -207,9 +208,11 @@ def make_plan(study, folder):
             else:  # it samples itself
                 synthetic, sample = f"{model_dir}/synthetic", resume
             real = dict(dataset=recipe.get("dataset", "cifar10"), data_dir=data_dir, device=device)
-            real |= dict(classes=score or settings.get("classes", recipe.get("classes", "")), n=study["n"])
+            real |= dict(classes=score or settings.get("classes", recipe.get("classes", "")))
             how = dict(samples=synthetic, out_dir=cell_dir, cache_dir=f"{work_dir}/features")
-            evaluate = [*python("evaluate.py"), *flags(**how, **real, allow_small_n=study["n"] <= 1280)]
+            evaluate = {
+                k: [*python("evaluate.py"), *flags(**how, **real, n=k, allow_small_n=k <= 1280)] for k in study["n"]
+            }
             plan.append(dict(title=title, seed=k, model=model, share=share, model_dir=model_dir, cell_dir=cell_dir))
             plan[-1] |= dict(checkpoint=f"{model_dir}/{'ckpt' if script == 'train.py' else 'gan'}.pt", score=score)
             plan[-1] |= dict(train=train, resume=resume, sample=sample, evaluate=evaluate, synthetic=synthetic)
@@ -248,23 +251,26 @@ def train_cell(cell, content, minutes, save):
     return steps
 
 
-def sample_and_score(cell, n):
-    """The scores of a cell's samples, as evaluate.py gives them."""
+def sample_and_score(cell):
+    """The scores of a cell's samples as evaluate.py gives them, a dict for each n, and the batch size of its model."""
     checkpoint = torch.load(cell["checkpoint"], map_location="cpu", weights_only=True)
     K = checkpoint["num_classes"] if "num_classes" in checkpoint else checkpoint["model_args"]["num_classes"]
-    per_class = math.ceil(n / (len(cell["score"].split(",")) if cell["score"] else max(1, K)))
+    per_class = math.ceil(max(cell["evaluate"]) / (len(cell["score"].split(",")) if cell["score"] else max(1, K)))
     os.makedirs(cell["cell_dir"], exist_ok=True)
     log = f"{cell['cell_dir']}/log.txt"
     run([*cell["sample"], f"--per_class={per_class}"], log)
-    run(cell["evaluate"], log)
-    return read_json(f"{cell['cell_dir']}/evaluate.json")["scores"], checkpoint["config"]["batch_size"]
+    scores = {}
+    for k, command in cell["evaluate"].items():
+        run(command, log)
+        scores[k] = read_json(f"{cell['cell_dir']}/evaluate.json")["scores"]
+    return scores, checkpoint["config"]["batch_size"]
 
 
 def mean_text(values, digits):
-    """Mean ± standard error."""
+    """Mean ± standard error; no error for counts (digits 0)."""
     if any(v is None for v in values):
         return ""
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if digits and len(values) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{error}"
 
 
@@ -272,26 +278,26 @@ def table(name, content):
     """The study as Markdown."""
     study, cells = content["study"], {}
     for result in content["runs"]:
-        cells.setdefault(result["title"], []).append(result)
-    columns = {"images seen": ("images", 1, 0), "FD": ("fd", 1, 2), "KD": ("kd", 1000, 2)}
+        cells.setdefault((result["title"], result["n"]), []).append(result)
+    columns = {"n": ("n", 1, 0), "images seen": ("images", 1, 0), "FD": ("fd", 1, 2), "KD": ("kd", 1000, 2)}
     columns |= {"precision": ("precision", 1, 3), "recall": ("recall", 1, 3)}
     if study.get("loss"):
         columns["validation loss"] = ("val_loss", 1, 4)
     lines = [
-        f"`python ablate.py {name}{content['flags']}`, {study['config']}, n={study['n']}; {content['machine']}.",
+        f"`python ablate.py {name}{content['flags']}`, {study['config']}; {content['machine']}.",
         "",
     ]
     lines += [f"| {' | '.join(['', 'seeds', *columns])} |", "| --- " * (len(columns) + 2) + "|"]
-    for title, runs in cells.items():
+    for (title, _), runs in cells.items():
         texts = [
             mean_text([None if r[key] is None else scale * r[key] for r in runs], digits)
             for key, scale, digits in columns.values()
         ]
         lines.append(f"| {' | '.join([title, str(len(runs)), *texts])} |")
-    real = content["runs"][0]["real"]
-    texts = [f"{1000 * real['kd']:.2f}" if key == "kd" else f"{real[key]:.{d}f}" if real.get(key) is not None else ""
-             for key, _, d in columns.values()]  # fmt: skip
-    lines.append(f"| {' | '.join(['real images', '', *texts])} |")
+    for real in {run["n"]: run["real"] for run in content["runs"]}.values():
+        values = [(real.get(key), scale, digits) for key, scale, digits in columns.values()]
+        texts = ["" if v is None else mean_text([scale * v], digits) for v, scale, digits in values]
+        lines.append(f"| {' | '.join(['real images', '', *texts])} |")
     return "\n".join([*lines, "", f"![{name}](results/{name}.png)", ""])
 
 
@@ -308,7 +314,7 @@ def main(name):
     if name == "report":
         return report()
     study = dict(STUDIES[name])
-    study |= dict(n=n or study["n"])
+    study |= dict(n=[n] if n else [study["n"]] if type(study["n"]) is int else list(study["n"]))
     budget, folder, path = minutes or study["minutes"], f"{work_dir}/{name}", f"{results_dir}/{name}.json"
     settings = dict(study=study, minutes=None if max_iters else budget, max_iters=max_iters, torch=torch.__version__)
     settings = json.loads(json.dumps(settings))
@@ -318,12 +324,11 @@ def main(name):
         f"{name}: {len(study['cells'])} cells x {seeds} seeds, {trainings} trainings of "
         + (f"{max_iters} steps" if max_iters else f"{budget:g} minutes, equal {study.get('equal', 'images')}: "
            f"about {duration(60 * (budget * trainings + 1.5 * len(plan)))}"),
-        flush=True,
     )  # fmt: skip
     if dry_run:
         for cell in plan:
-            for key in ("train", "sample", "evaluate"):
-                print(f"{cell['title']}, seed {cell['seed']}: {shlex.join(['python', *cell[key][1:]])}")
+            for command in (cell["train"], cell["sample"], *cell["evaluate"].values()):
+                print(f"{cell['title']}, seed {cell['seed']}: {shlex.join(['python', *command[1:]])}")
         return
     content = settings | dict(runs=[], budgets={}, machine=machine(), flags=given_flags())
     for kept in (path, f"{folder}/settings.json"):
@@ -341,23 +346,21 @@ def main(name):
         if any((r["title"], r["seed"]) == (cell["title"], cell["seed"]) for r in content["runs"]):
             continue
         steps = train_cell(cell, content, budget, save)
-        scores, batch_size = sample_and_score(cell, study["n"])
-        real = next(value for key, value in scores.items() if key.startswith("real"))
+        scores, batch_size = sample_and_score(cell)
         log = read_json(f"{cell['model_dir']}/log.json")
-        result = dict(title=cell["title"], seed=cell["seed"], steps=steps, images=steps * batch_size, real=real)
-        content["runs"].append(result | dict(val_loss=(log.get("val_loss") or [None])[-1]) | scores["samples"])
+        result = dict(title=cell["title"], seed=cell["seed"], steps=steps, images=steps * batch_size)
+        result |= dict(val_loss=(log.get("val_loss") or [None])[-1])
+        for found in scores.values():
+            real = next(value for key, value in found.items() if key.startswith("real"))
+            content["runs"].append(result | found["samples"] | dict(real=real))
         save()
         with atomic_write(f"{results_dir}/{name}.md") as f:
             f.write(table(name, content).encode())
         write_image(plan, content, f"{results_dir}/{name}.png")
         made += 1
         left = duration((time.time() - start) / made * (len(plan) - i - 1))
-        fd = scores["samples"]["fd"]
-        print(
-            f"{i + 1:3d} of {len(plan)}  {cell['title']}, seed {cell['seed']}: {steps} steps, FD "
-            f"{'refused' if fd is None else f'{fd:.2f}'}, KD {1000 * scores['samples']['kd']:.2f}; {left} left",
-            flush=True,
-        )
+        kd = ", ".join(f"KD {1000 * found['samples']['kd']:.2f}" for found in scores.values())
+        print(f"{i + 1:3d} of {len(plan)}  {cell['title']}, seed {cell['seed']}: {steps} steps, {kd}; {left} left")
     print(f"wrote {path}, {results_dir}/{name}.md and {results_dir}/{name}.png")
 
 
@@ -392,4 +395,5 @@ if __name__ == "__main__":
     ranges = dict(seeds="[1, inf)", seed="[0, inf)", minutes="[0, inf)", max_iters="[0, inf)", n="[0, inf)")
     config, given = configure(globals(), ranges)
     signals = catch_signals()
+    sys.stdout.reconfigure(line_buffering=True)
     main(NAME)

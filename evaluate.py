@@ -263,20 +263,19 @@ def main(config):
     images, labels = load_samples(folder, reference[0], names, data_dir)
     if per_class and any(y is None for y in (labels, reference[1], control[1])):
         raise UserError("per_class needs labels of the samples and of the real images")
-    sizes = [len(images), len(reference[0]), len(control[0])]
-    count = n or min(sizes)
-    if not 20 <= count <= min(sizes):
-        raise UserError(
-            f"n={count}: there are {sizes[0]} samples and {sizes[1]} and {sizes[2]} real images; minimum 20"
-        )
+    available = min(len(images), len(reference[0]))
+    count = n or min(available, len(control[0]))
+    if not 20 <= count <= available or len(control[0]) < 20:
+        sizes = f"{len(images)} samples and {len(reference[0])} and {len(control[0])} real images"
+        raise UserError(f"n={count}: there are {sizes}; minimum 20")
     images, labels = choose(images, labels, count)
     real, real_labels = choose(*reference, count)
-    control, control_labels = choose(*control, count)
+    control, control_labels = choose(*control, min(count, len(control[0])))
     for path in (cache_dir, out_dir):
         os.makedirs(path, exist_ok=True)
     name = f"{os.path.basename(os.path.abspath(dataset))}-{split}"
     result = {"samples": folder, "n": count, "config": config, "torch": torch.__version__}
-    print(f"samples: {folder}\nreference: {dataset}, {split} split; {count} images in every set")
+    print(f"samples: {folder}\nreference: {dataset}, {split} split; {count} images of each")
 
     if features == "inception":
         path = inception_weights()
@@ -312,8 +311,8 @@ def main(config):
             continue
         score(f"samples, {class_name}", sets[0], sets[2])
         score(f"real: {other}, {class_name}", sets[1], sets[2])
-    if halves:
-        print("\nmemorisation: not measured, no images are known to be held out of training")
+    if halves or len(control) < count:
+        print(f"\nmemorisation: not measured, it takes {count} images that are known to be held out of training")
     else:
         pairs = ((real, Y), (control, R)) if split == "train" else ((control, R), (real, Y))
         result["memorisation"] = memorisation(images, X, *pairs, n_train)

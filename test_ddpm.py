@@ -5,7 +5,7 @@ Contents, in the order of the README:
     ddpm.py           schedules and tables; network; images, noise and loss; guidance and samplers; checkpoints
     data.py           shards, batches, data sets
     configurator.py   settings, errors, device
-    train.py, sample.py, augment.py, classifier.py, evaluate.py, plot.py, bench.py
+    train.py, sample.py, augment.py, classifier.py, evaluate.py, plot.py, bench.py, gan.py, ablate.py
     a GPU, emulated
 Tests are named test_FILE_PROPERTY. The errors that a user can cause are one table per script, test_FILE_user_errors.
 `pytest -q` runs the fast ones, `pytest -q -m slow -rP` those that take minutes.
@@ -62,7 +62,8 @@ TINY = dict(image_size=8, num_classes=3, ch=8, ch_mult=(1, 2), num_res_blocks=1,
 TINY |= dict(timesteps=20, beta_end=0.6, class_names=("a", "b", "c"))
 SCHEDULES = ("linear", "cosine", "quadratic", "sigmoid")
 SAMPLERS = [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("ddim", 1.0), ("dpm++", 0.0)]  # with eta
-SCRIPTS = ("train.py", "sample.py", "augment.py", "classifier.py", "evaluate.py", "plot.py", "bench.py")
+SCRIPTS = ("train.py", "sample.py", "augment.py", "classifier.py", "evaluate.py", "plot.py", "bench.py", "gan.py")
+SCRIPTS += ("ablate.py",)
 BENCH = "--device=cpu --batch_size=2 --rounds=1 --steps=2 --num_samples=10 --timesteps=15 --image_size=8".split()
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2303,7 +2304,7 @@ def test_evaluate_fid_end_to_end(capfd, real_shapes, random_inception):
     assert "frechet" not in text
     status, text = evaluation(capfd, real_shapes, *flags, "--allow_small_n=True")
     assert status == 0, text
-    for said in ("Inception-v3", "resized to 299", "40 images in every set", "samples:", "real: test:"):
+    for said in ("Inception-v3", "resized to 299", "40 images of each", "samples:", "real: test:"):
         assert said in text, said
     result = data.read_json(f"{real_shapes}/out/evaluate_inception.json")
     for key in ("frechet_inception_distance", "inception_score_mean", "kernel_inception_distance_mean", "precision"):
@@ -2420,6 +2421,197 @@ def test_bench_peers_learn(capfd, tmp_path, peer):
 def test_bench_runs_lucidrains(capfd):
     status, text = cli(capfd, "bench.py", "config/cifar_small.py", "--peer=lucidrains", *BENCH)
     assert status == 0 and "lucidrains" in text and "x our time" in text, text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gan.py
+
+
+def gan_flags(shards, out_dir, **changes):
+    settings = dict(dataset=f"{shards}/tiny", out_dir=out_dir, ch=4, z_dim=5, batch_size=8, max_iters=6, log_interval=1)
+    return [f"--{k}={v}" for k, v in (settings | dict(sample_interval=2, device="cpu") | changes).items()]
+
+
+@pytest.mark.parametrize("how", (dict(), dict(conditional=False), dict(label_smoothing=0.1, input_noise=0.0)))
+def test_gan_a_resumed_run_equals_an_uninterrupted_one(how, shards, tmp_path, capfd):
+    whole, parts = f"{tmp_path}/whole", f"{tmp_path}/parts"
+    assert cli(capfd, "gan.py", *gan_flags(shards, whole, **how))[0] == 0
+    assert cli(capfd, "gan.py", *gan_flags(shards, parts, **how, max_iters=4))[0] == 0
+    resume = ("--init_from=resume", f"--out_dir={parts}")
+    status, text = cli(capfd, "gan.py", *resume, "--max_iters=6")
+    assert status == 0 and "steps 4 to 6" in text
+    a, b = (torch.load(f"{folder}/gan.pt", weights_only=True) for folder in (whole, parts))
+    for key in ("generator", "discriminator", "G_optimizer", "D_optimizer", "step", "history"):
+        assert same(a[key], b[key]), key
+    for name in ("samples_000002.png", "samples_000006.png", "training.gif"):
+        assert pathlib.Path(whole, name).read_bytes() == pathlib.Path(parts, name).read_bytes()
+    from PIL import Image
+
+    assert Image.open(f"{whole}/training.gif").n_frames == 3
+    assert "ch: checkpoint 4, flag 8" in one_line(cli(capfd, "gan.py", *resume, "--ch=8"))
+
+
+def test_gan_label_is_a_channel_of_both_networks(shards, tmp_path, capfd):
+    inputs = {}
+    for conditional in (True, False):
+        flags = gan_flags(shards, f"{tmp_path}/{conditional}", conditional=conditional, max_iters=1)
+        assert cli(capfd, "gan.py", *flags)[0] == 0
+        content = torch.load(f"{tmp_path}/{conditional}/gan.pt", weights_only=True)
+        inputs[conditional] = [content["discriminator"]["layers.0.weight"].shape[1]]
+        inputs[conditional] += [content["generator"]["layers.0.weight"].shape[0]]
+    assert inputs[True] == [n + 1 for n in inputs[False]] == [4, 5]
+
+
+def test_gan_remedies_change_the_discriminators_loss(shards, tmp_path, capfd):
+    losses = []
+    for k, how in enumerate(({}, dict(label_smoothing=0.2), dict(input_noise=0.5))):
+        assert cli(capfd, "gan.py", *gan_flags(shards, f"{tmp_path}/{k}", max_iters=1, **how))[0] == 0
+        losses.append(data.read_json(f"{tmp_path}/{k}/log.json")["d_loss"][0])
+    assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize(
+    "dataset,shape", (("fashion_mnist", (28, 28, 1)), ("cifar10", (32, 32, 3)), ("tiny", (8, 8, 3)))
+)
+def test_gan_images_have_the_size_of_the_real_ones(dataset, shape, shards, tmp_path, capfd):
+    flags = gan_flags(shards, str(tmp_path), max_iters=1, per_class=2, dataset=f"{shards}/{dataset}")
+    assert cli(capfd, "gan.py", *flags)[0] == 0
+    images, labels, names = data.load(f"{tmp_path}/synthetic")
+    assert images.shape[1:] == shape and np.bincount(labels).tolist() == [2] * len(names)
+
+
+def test_gan_writes_a_set_for_evaluate_and_classifier(shards, tmp_path, capfd):
+    assert cli(capfd, "gan.py", *gan_flags(shards, str(tmp_path), max_iters=1, per_class=10))[0] == 0
+    flags = classifier_flags(shards, str(tmp_path), "", seeds=1)
+    status, text = cli(capfd, "classifier.py", *flags)
+    assert status == 0 and "30 synthetic training images" in text and "note:" not in text, text
+    where = (f"--dataset={shards}/tiny", f"--out_dir={tmp_path}", f"--cache_dir={tmp_path}/c", "--resize=32", "--n=30")
+    status, text = cli(capfd, "evaluate.py", *where, "--device=cpu")
+    assert status == 0 and "samples" in text
+
+
+@pytest.mark.slow
+def test_gan_learns(real_shapes, tmp_path, capfd):
+    """The Fréchet distance of the images at 4x4 pixels falls to less than half of its start."""
+
+    def distance(steps):
+        flags = dict(dataset=f"{real_shapes}/real", ch=32, batch_size=32, max_iters=steps, per_class=30, val_fraction=0)
+        flags |= dict(log_interval=100, sample_interval=500, z_dim=100)
+        assert cli(capfd, "gan.py", *gan_flags("", f"{tmp_path}/{steps}", **flags))[0] == 0
+        sets = (data.load(folder)[0] for folder in (f"{tmp_path}/{steps}/synthetic", f"{real_shapes}/real"))
+        return evaluate.frechet_distance(*(F.avg_pool2d(to_float(torch.tensor(x)), 8).flatten(1).numpy() for x in sets))
+
+    start, end = distance(1), distance(600)
+    assert end < 0.5 * start, (start, end)
+
+
+@pytest.mark.parametrize(
+    "flags,said",
+    (
+        ("--init_from=resume", "no checkpoint"),
+        ("--label_smoothing=0.5", "label_smoothing: 0.5 must be in [0, 0.5)"),
+        ("--input_noise=-1", "input_noise: -1.0 must be in [0, inf)"),
+        ("--batch_size=0", "batch_size: 0 must be in"),
+        ("--w=1", "unknown key 'w': it is a key of augment.py"),
+    ),
+)
+def test_gan_user_errors(flags, said, shards, tmp_path, capfd):
+    assert said in one_line(cli(capfd, "gan.py", *gan_flags(shards, str(tmp_path)), *flags.split()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ablate.py
+
+
+def ablate(shards, root, *flags, **how):
+    """ablate.py with a study of two tiny cells, `tiny`, as a process."""
+    with open(f"{HERE}/ablate.py", encoding="utf-8") as f:
+        source = f.read()
+    with open(f"{root}/tiny.py", "w") as f:
+        small = dict(ch=8, num_res_blocks=1, timesteps=20, beta_end=0.6, batch_size=4, eval_interval=5, ch_mult=(1, 2))
+        f.write(f"dataset = {shards + '/shapes'!r}\n" + "".join(f"{k} = {v!r}\n" for k, v in small.items()))
+    cells = {"cosine": dict(schedule="cosine", steps=3), "one step": dict(schedule="cosine", steps=1)}
+    cells["DCGAN"] = dict(script="gan.py", dataset=f"{shards}/shapes")
+    study = dict(config=f"{root}/tiny.py", minutes=1, n=20, cells=cells)
+    source = source.replace("STUDIES = {", f"STUDIES = {{'tiny': {study!r},", 1)
+    with open(f"{root}/ablate.py", "w", encoding="utf-8") as f:
+        f.write(source)
+    command = [sys.executable, f"{root}/ablate.py", *flags, "--max_iters=20", "--device=cpu"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root)
+    return subprocess.Popen(command, **pipes, env=os.environ | {"PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.slow
+def test_ablate_killed_and_resumed_gives_the_same_results(shards, tmp_path):
+    found = {}
+    for way in ("whole", "killed"):
+        (root := tmp_path / way).mkdir()
+        process = ablate(shards, root, "tiny", "--seeds=1")
+        if way == "killed":
+            while "1 of 3" not in process.stdout.readline():
+                pass
+            time.sleep(1)  # in the middle of the next cell
+            process.kill()
+            process.wait()
+            process = ablate(shards, root, "tiny", "--seeds=1")
+        text = process.communicate(timeout=300)[0]
+        assert process.returncode == 0 and "3 of 3" in text, text
+        assert ("1 of 3" in text) == (way == "whole")
+        found[way] = data.read_json(f"{root}/results/tiny.json")["runs"]
+        assert (root / "results" / "tiny.md").read_text().count("\n| ") == 6  # title, rule, cells, real images
+    assert found["whole"] == found["killed"] and len(found["whole"]) == 3
+    assert len(list((tmp_path / "whole" / "out-ablate" / "tiny").glob("model-*-0"))) == 2  # two cells share a model
+    refused = ablate(shards, tmp_path / "whole", "tiny", "--n=21").communicate()[0]
+    assert "is of other settings (study)" in refused and "Traceback" not in refused
+
+
+def test_ablate_dry_run_lists_every_cell(capfd):
+    for study, cells in (("schedules", 12), ("gan", 8), ("ema_guidance", 4)):
+        status, text = cli(capfd, "ablate.py", study, "--dry_run=True", "--seeds=2")
+        assert status == 0 and f"{cells} cells x 2 seeds" in text and text.count("evaluate.py") >= 2 * cells, text
+    assert "4 cells x 2 seeds, 2 trainings" in text  # EMA and guidance need no training of their own
+
+
+def test_ablate_every_study_uses_settings_that_exist():
+    import ablate
+
+    for study in ablate.STUDIES.values():
+        for cell in study["cells"].values():
+            script = (study.get("base", {}) | cell).get("script", "train.py")
+            known = configurator.defaults_of(script).keys() | configurator.defaults_of("augment.py").keys()
+            assert set(study.get("base", {}) | cell) <= known | ablate.OWN.keys()
+
+
+@pytest.mark.parametrize(
+    "flags,said",
+    (
+        ("", "ablate.py STUDY: '' is not one of schedules, "),
+        ("nothing", "'nothing' is not one of"),
+        ("mistuned --seeds=0", "seeds: 0 must be in [1, inf)"),
+        ("mistuned --minutes=-1", "minutes: -1.0 must be in"),
+        ("mistuned --epochs=1", "unknown key 'epochs'"),
+    ),
+)
+def test_ablate_user_errors(flags, said, capfd):
+    assert said in one_line(cli(capfd, "ablate.py", *flags.split()))
+
+
+def test_ablate_report_fills_in_the_tables(tmp_path, monkeypatch, capfd):
+    import ablate
+
+    scores = dict(fd=None, precision=0.5, recall=0.25, images=640, val_loss=0.1, n=100)
+    runs = [dict(title="a", seed=k, kd=0.01 * (k + 1), real=dict(n=100, kd=-0.001), **scores) for k in range(2)]
+    content = dict(study=dict(config="config/shapes.py", loss=True), flags=" --seeds=2", machine="here", runs=runs)
+    (tmp_path / "results").mkdir()
+    data.save_json(f"{tmp_path}/results/mistuned.json", content)
+    (tmp_path / "RESULTS.md").write_text("before\n<!-- mistuned -->\nold\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(ablate, "HERE", str(tmp_path))
+    monkeypatch.setattr(ablate, "results_dir", f"{tmp_path}/results")
+    ablate.report()
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "| a | 2 | 100 | 640 |  | 15.00 ± 5.00 | 0.500 ± 0.000 | 0.250 ± 0.000 | 0.1000 ± 0.0000 |" in text
+    assert "| real images |  | 100 |  |  | -1.00 |" in text and "old" not in text
+    assert text.startswith("before") and text.endswith("after\n") and "`python ablate.py mistuned --seeds=2`" in text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
