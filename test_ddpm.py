@@ -2202,7 +2202,7 @@ def test_evaluate_says_what_it_compares(capfd, real_shapes):
     flags = (f"--samples={real_shapes}/copied", "--per_class=True")
     status, text = evaluation(capfd, real_shapes, *flags)
     assert status == 0, text
-    for said in ("EfficientNet-Lite0, 1280 features", "resized to 32", "100 images in", "train split", "real: test"):
+    for said in ("EfficientNet-Lite0, 1280 features", "resized to 32", "100 images of", "train split", "real: test"):
         assert said in text, said
     assert "refused" in text and "FID" not in text
     result = data.read_json(f"{real_shapes}/out/evaluate.json")
