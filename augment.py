@@ -25,6 +25,7 @@ from configurator import (
     describe_sampling,
     dtype_name,
     duration,
+    leave_process_group,
     open_model,
     progress,
     resolve_guidance,
@@ -176,7 +177,6 @@ for i in mine:
         )
 if world > 1:
     dist.barrier()
-    dist.destroy_process_group()
 
 # Finish: hashes of all files, and a preview with a row per class.
 if rank == 0:
@@ -193,3 +193,5 @@ if rank == 0:
     preview = first.reshape(columns, C, *first.shape[1:]).swapaxes(0, 1).reshape(first.shape)
     tile(preview, columns, [names[k] for k in labels if names]).save(f"{folder}/preview.png")
     print(f"{per_class * C} images in {folder}; see {folder}/preview.png")
+if world > 1:
+    leave_process_group()

@@ -21,6 +21,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 
 import torch
+import torch.distributed as dist
 
 from ddpm import UserError, check_choice, check_range, load_model
 
@@ -164,6 +165,18 @@ def catch_signals():
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, stop)
     return caught
+
+
+def leave_process_group():
+    """Ends a process of torchrun that has succeeded, after the others.
+
+    At once, without the interpreter's shutdown: a thread of gloo that wants the interpreter then aborts the process.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def print_help(doc, defaults, optional):

@@ -17,7 +17,16 @@ from dataclasses import asdict, fields
 import torch
 import torch.distributed as dist
 
-from configurator import apply_saved, catch_signals, configure, dtype_name, duration, resolve_guidance, setup_device
+from configurator import (
+    apply_saved,
+    catch_signals,
+    configure,
+    dtype_name,
+    duration,
+    leave_process_group,
+    resolve_guidance,
+    setup_device,
+)
 from data import Batches, fingerprint, load_splits, save_json, tile, training_count
 from ddpm import (
     DDPM,
@@ -360,5 +369,4 @@ if stopped:
 else:
     log(f"done: `python sample.py --out_dir={out_dir}` samples from {checkpoint_path}")
 if world > 1:
-    dist.barrier()  # a process that leaves while rank 0 still validates may abort
-    dist.destroy_process_group()
+    leave_process_group()
