@@ -133,10 +133,13 @@ def die_with_parent():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
+IN_CHILD = die_with_parent if os.name == "posix" else None
+
+
 def run(command, log):
     """Runs a command with its output appended to a file, and passes a signal on to it. Raises UserError if it fails."""
     with open(log, "ab") as f:
-        process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, preexec_fn=die_with_parent)
+        process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, preexec_fn=IN_CHILD)
         while process.poll() is None:
             if signals:
                 process.terminate()
@@ -152,7 +155,7 @@ def run(command, log):
 def steps_per_second(command, log):
     """The speed of a training command over 20 seconds, from its log lines; it is killed then."""
     with open(log, "wb") as f:
-        process = subprocess.Popen([*command, "--log_interval=5"], stdout=f, stderr=f, preexec_fn=die_with_parent)
+        process = subprocess.Popen([*command, "--log_interval=5"], stdout=f, stderr=f, preexec_fn=IN_CHILD)
     marks = []  # (time, step) of each new line
     while process.poll() is None and not signals and (len(marks) < 3 or time.time() - marks[0][0] < 20):
         time.sleep(0.2)

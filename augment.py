@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import (
+    can_compile,
     configure,
     describe_sampling,
     dtype_name,
@@ -72,7 +73,7 @@ config, given = configure(globals(), ranges, w=float, guidance_scale=float)
 # Model and settings. The images are a function of these settings alone.
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 auto = use_compile == "auto"
-device, amp_dtype, use_compile = setup_device(device, dtype, use_compile)
+device, amp_dtype, use_compile = setup_device(device, dtype, "False" if auto else use_compile)
 model, info = open_model(out_dir, ema, device, amp_dtype)
 names = list(model.config.class_names) or [str(k) for k in range(model.K)]
 labels = class_ids(classes, names, unique=True) if classes else list(range(max(1, model.K)))
@@ -157,7 +158,9 @@ if world > 1:
 todo = todo[0]
 mine = todo[rank::world]
 total = sum(map(images_in, mine))
-if use_compile and (not auto or total * steps >= 1_000_000):  # compiling takes about a minute
+if auto and total * steps >= 1_000_000:  # compiling takes about a minute
+    use_compile = can_compile(device)
+if use_compile:
     model.compile_network()
 if rank == 0:
     print(

@@ -97,7 +97,7 @@ def host_waits(function):
             function()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(w.message) for w in caught)
+    return sum("called a synchronizing" in str(w.message) for w in caught)
 
 
 def autocast():
@@ -447,6 +447,21 @@ def describe_machine():
     return "\n".join(lines)
 
 
+def report_row(name, side, y, matmul):
+    """What bench_gpu prints of a side."""
+    start = time.time()
+    side.train()
+    synchronize()
+    first, seconds = time.time() - start, medians({"": side.train})[""]
+    share = 3 * flops(side.model) * s.batch_size / seconds / matmul if isinstance(side, Ours) else None
+    row = [name, f"{first:.1f}", f"{1e3 * seconds:.2f}", f"{s.batch_size / seconds:.1f}"]
+    row += [f"{share:.1%}" if share else "", f"{peak_memory() / 1e9:.2f}", host_waits(side.train)]
+    for w in (0.0, 1.0):
+        draw = partial(side.sample, y, w, "ddim")
+        row += [f"{s.num_samples / medians({'': draw})['']:.1f}", host_waits(draw)][: 2 if w == 0 else 1]
+    return row
+
+
 def bench_gpu(sides):
     """A Markdown report: every side in turn, ours eager and compiled, diffusers if it is installed."""
     matmul, conv = matmul_and_conv_rates()
@@ -470,23 +485,11 @@ def bench_gpu(sides):
         gc.collect()
         if s.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
-        start = time.time()
         try:
-            side = make()
-        except UserError as e:
-            print(f"| {name} | {e} |")
-            continue
-        side.train()
-        synchronize()
-        first, seconds = time.time() - start, medians({"": side.train})[""]
-        share = 3 * flops(side.model) * s.batch_size / seconds / matmul if isinstance(side, Ours) else None
-        row = [name, f"{first:.1f}", f"{1e3 * seconds:.2f}", f"{s.batch_size / seconds:.1f}"]
-        row += [f"{share:.1%}" if share else "", f"{peak_memory() / 1e9:.2f}", host_waits(side.train)]
-        for w in (0.0, 1.0):
-            draw = partial(side.sample, y, w, "ddim")
-            row += [f"{s.num_samples / medians({'': draw})['']:.1f}", host_waits(draw)][: 2 if w == 0 else 1]
+            row = report_row(name, make(), y, matmul)
+        except Exception as e:  # a side that fails, out of memory or not compiling, does not end the report
+            row = [name, (str(e).strip() or type(e).__name__).splitlines()[0]]
         print(f"| {' | '.join(map(str, row))} |", flush=True)
-        del side, draw
 
 
 PARTS = dict(train=bench_train, sample=bench_sample, profile=bench_profile, learn=bench_learn, gpu=bench_gpu)

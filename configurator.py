@@ -249,8 +249,8 @@ def dtype_name(amp_dtype):
 
 
 def cpu_has_bfloat16():
-    """Whether this CPU computes in bfloat16, nearly twice as fast as in float32."""
-    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    """Whether runs are on a CPU that computes in bfloat16, nearly twice as fast as in float32."""
+    return not torch.cuda.is_available() and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
 def keep_freed_memory():
@@ -262,8 +262,11 @@ def keep_freed_memory():
 
 
 def can_compile(device):
-    """Whether torch.compile works here: it needs triton, a GPU new enough, and, often missing, a C compiler."""
+    """Whether torch.compile works on this GPU: it needs triton, a GPU new enough, and, often missing, a C compiler."""
+    if not device.startswith("cuda"):
+        return False
     if not find_spec("triton") or torch.cuda.get_device_capability() < (7, 0):
+        print("torch.compile needs triton and compute capability 7, so eager", file=sys.stderr)
         return False
     try:
         torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
@@ -302,5 +305,5 @@ def setup_device(device="auto", dtype="auto", use_compile="auto"):
     if dtype == "auto":
         dtype = "float32" if kind != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
     if use_compile == "auto":
-        use_compile = kind == "cuda" and can_compile(device)
+        use_compile = can_compile(device)
     return device, None if dtype == "float32" else getattr(torch, dtype), str(use_compile) == "True"

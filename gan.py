@@ -155,6 +155,8 @@ if checkpoint:
     step, history = checkpoint["step"], checkpoint["history"]
     for name, part in parts.items():
         part.load_state_dict(checkpoint[name])
+    for optimizer in (G_optimizer, D_optimizer):
+        optimizer.param_groups[0].update(lr=lr, betas=(beta1, 0.999))
 os.makedirs(out_dir, exist_ok=True)
 sizes = [f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f}M" for net in (G, D)]
 print(

@@ -2750,11 +2750,20 @@ def test_augment_and_sample_gpu_compile_one_graph(graphs, trained, synthetic, tm
 
 def test_augment_gpu_compiles_only_long_jobs(trained, tmp_path, capfd, monkeypatch):
     compiled = []
+    black = lambda self, y, indices, *_, **__: [torch.zeros(len(indices), 8, 8, 3, dtype=torch.uint8)]  # noqa: E731
     monkeypatch.setattr(DDPM, "compile_network", lambda self: compiled.append(self))
-    monkeypatch.setattr(configurator, "setup_device", lambda *_: ("cpu", None, True))  # as on a GPU
-    for flags in (dict(per_class=2), dict(per_class=2, use_compile=True)):
-        assert cli(capfd, "augment.py", *augment_flags(trained, f"{tmp_path}/{len(flags)}", **flags))[0] == 0
-        assert len(compiled) == len(flags) - 1
+    monkeypatch.setattr(DDPM, "sample_batches", black)
+    monkeypatch.setattr(configurator, "can_compile", lambda _: True)  # as on a GPU
+    cases = (
+        (dict(per_class=2), False),
+        (dict(per_class=2, use_compile=True), True),
+        (dict(per_class=17000, steps=20), True),
+    )
+    for k, (flags, wanted) in enumerate(cases):
+        flags = augment_flags(trained, f"{tmp_path}/{k}", shard_size=60000, **flags)
+        assert cli(capfd, "augment.py", *flags)[0] == 0
+        assert bool(compiled) is wanted
+        compiled.clear()
 
 
 def test_configurator_gpu_of_each_process(monkeypatch):
@@ -2778,18 +2787,19 @@ def test_configurator_gpu_of_each_process(monkeypatch):
 
 def test_configurator_gpu_compiles_where_that_works(monkeypatch, capfd):
     monkeypatch.setattr(torch, "compile", lambda f: lambda x: f(x))
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: 1)
     for capability, triton, compiles in (((9, 0), True, True), ((6, 1), True, False), ((9, 0), False, False)):
         monkeypatch.setattr(configurator, "find_spec", lambda _: triton)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-        assert configurator.can_compile("cpu") is compiles
+        assert configurator.can_compile("cuda:0") is compiles
     monkeypatch.setattr(configurator, "find_spec", lambda _: True)
 
     def compile_without_cc(f):
         raise RuntimeError("Failed to find C compiler.\nPlease specify one via CC")
 
     monkeypatch.setattr(torch, "compile", compile_without_cc)
-    assert not configurator.can_compile("cpu")
-    said = capfd.readouterr().err
+    assert not configurator.can_compile("cuda:0")
+    said = capfd.readouterr().err.splitlines()[-1] + "\n"
     assert said.count("\n") == 1 and "eager (RuntimeError: Failed to find C compiler.)" in said
 
 
@@ -2885,7 +2895,7 @@ def test_bench_gpu_report_compiled_and_beside_diffusers(graphs, capfd, monkeypat
     assert graphs.frame_count == 2  # to train and to sample; the three networks share them, with one backend here
 
 
-def test_bench_float16_scales_the_loss_of_all_sides(capfd, monkeypatch):
+def test_bench_float16_scales_our_loss(capfd, monkeypatch):
     steps = []
     monkeypatch.setattr(torch.amp.GradScaler, "unscale_", lambda self, _: steps.append(self.is_enabled()))
     for dtype in ("float16", "bfloat16"):
@@ -2915,6 +2925,7 @@ def test_bench_counts_every_wait_for_the_gpu(capfd, monkeypatch):
     def wait_twice():
         for _ in range(2):
             warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
+        warnings.warn("does not yet detect all synchronizing operations", UserWarning, stacklevel=1)
         warnings.warn("something else", UserWarning, stacklevel=1)
 
     assert host_waits(wait_twice) == 2 and found["modes"] == ["warn", "default"]

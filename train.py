@@ -322,7 +322,8 @@ while step < max_iters and not stopped:
             dist.all_reduce(flag := torch.tensor(float(bool(signals)), device=device))
             stopped = flag.item() > 0
         average, norm, now = mean(log_sums), norm.item(), time.time()
-        if not math.isfinite(average) or not (scaler.is_enabled() or math.isfinite(norm)):
+        overflows = scaler.is_enabled() and scaler.get_scale() < 1  # it halves with every step that it skips
+        if not math.isfinite(average) or overflows or not (scaler.is_enabled() or math.isfinite(norm)):
             raise UserError(
                 f"loss {average:.3g}, grad norm {norm:.3g} at step {step}, lr {lr_now:.3g} (last checkpoint: step "
                 f"{saved_step}): lower lr, lengthen warmup_iters, or use --dtype=float32"
