@@ -29,7 +29,7 @@ import torch
 
 from configurator import HERE, catch_signals, configure, defaults_of, duration, run_config
 from data import load_array, read_json, save_json, tile
-from ddpm import LOSSES, SCHEDULES, UserError, atomic_write, check_choice
+from ddpm import LOSSES, SCHEDULES, UserError, atomic_write, check_choice, load_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 seeds = 1  # training runs of each cell
@@ -256,7 +256,7 @@ def train_cell(cell, content, minutes, save):
 
 def sample_and_score(cell):
     """The scores of a cell's samples as evaluate.py gives them, a dict for each n, and the batch size of its model."""
-    checkpoint = torch.load(cell["checkpoint"], map_location="cpu", weights_only=True)
+    checkpoint = load_checkpoint(cell["checkpoint"], ("config",))
     K = checkpoint["num_classes"] if "num_classes" in checkpoint else checkpoint["model_args"]["num_classes"]
     per_class = math.ceil(max(cell["evaluate"]) / (len(cell["score"].split(",")) if cell["score"] else max(1, K)))
     os.makedirs(cell["cell_dir"], exist_ok=True)

@@ -30,7 +30,17 @@ from data import (
     training_count,
     write_shards,
 )
-from ddpm import UserError, atomic_write, check_choice, load_checkpoint, make_generator, seed_of, to_uint8
+from ddpm import (
+    UserError,
+    atomic_write,
+    check_choice,
+    evaluating,
+    image_noise,
+    load_checkpoint,
+    make_generator,
+    seed_of,
+    to_uint8,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the run
@@ -173,11 +183,9 @@ print(
 @torch.no_grad()
 def generate(y, indices):
     """Images (n, H, W, C) uint8 for labels y (n,); image k has noise indices[k] of the seed."""
-    z = torch.stack([torch.randn(z_dim, generator=make_generator(seed, k)) for k in indices]).to(device)
-    G.eval()
-    x = to_uint8(G(z, y.to(device) if K else None)).cpu().numpy()
-    G.train()
-    return x
+    z = image_noise([make_generator(seed, k) for k in indices], (z_dim,), device)
+    with evaluating(G):
+        return to_uint8(G(z, y.to(device) if K else None)).cpu()
 
 
 def save():
@@ -209,7 +217,7 @@ def write_set():
         os.remove(path)
     y, made = torch.arange(C).repeat(per_class), []
     for part in torch.arange(len(y)).split(500):
-        made.append(torch.from_numpy(generate(y[part], (part + 2**30).tolist())))
+        made.append(generate(y[part], (part + 2**30).tolist()))
         progress("synthetic", (int(part[-1]) + 1) / len(y), start)
     write_shards(folder, torch.cat(made).numpy(), y.numpy() if names else None, names)
     hashes = {os.path.basename(p): file_hash(p) for p in shard_files(folder)}
@@ -261,7 +269,7 @@ while step < max_iters and not signals:
             flush=True,
         )
     if step % sample_interval == 0 or step == max_iters:
-        tile(generate(shown, range(len(shown))), 8, names[:10] if K else ()).save(grid_path(step))
+        tile(generate(shown, range(len(shown))).numpy(), 8, names[:10] if K else ()).save(grid_path(step))
         save()
 
 if signals:

@@ -167,6 +167,20 @@ def cli(capfd, script, *args):
     return status, out + err
 
 
+def torchrun(nproc, script, *flags, nnodes=1):
+    """Runs a script under torchrun on one or more emulated hosts: (exit status, output and errors)."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    where = ["--nnodes", str(nnodes), "--master_addr=127.0.0.1", f"--master_port={port}", f"--nproc_per_node={nproc}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *where]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    ranks = [[*command, f"--node_rank={k}", f"{HERE}/{script}", *flags] for k in range(nnodes)]
+    hosts = [subprocess.Popen(rank, **pipes) for rank in ranks]
+    text = "".join(host.communicate(timeout=180)[0] for host in hosts)
+    return max(host.returncode for host in hosts), text
+
+
 def one_line(result):
     status, text = result
     assert status == 2 and "Traceback" not in text, text
@@ -1328,10 +1342,8 @@ def test_train_sigterm_saves_and_the_run_continues(shards, tmp_path, capfd):
 def test_train_two_gloo_processes_equal_one(shards, tmp_path, capfd):
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     assert cli(capfd, "train.py", *tiny_flags(shards, one, dropout=0.0, sample_interval=6))[0] == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    flags = tiny_flags(shards, two, dropout=0.0, sample_interval=6)
-    done = subprocess.run([*command, f"{HERE}/train.py", *flags], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    status, text = torchrun(2, "train.py", *tiny_flags(shards, two, dropout=0.0, sample_interval=6))
+    assert status == 0, text
     a, b = (ddpm.load_checkpoint(f"{d}/ckpt.pt") for d in (one, two))
     for key in ("model", "ema"):
         x, y = (c[key] if key == "model" else c[key]["shadow"] for c in (a, b))
@@ -1633,10 +1645,8 @@ def test_augment_continues_and_grows_to_the_same_bytes(trained, synthetic, tmp_p
 
 
 def test_augment_two_gloo_processes_write_the_bytes_of_one(trained, synthetic, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    flags = augment_flags(trained, str(tmp_path / "s"))
-    done = subprocess.run([*command, f"{HERE}/augment.py", *flags], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    status, text = torchrun(2, "augment.py", *augment_flags(trained, str(tmp_path / "s")))
+    assert status == 0, text
     assert contents(tmp_path / "s") == contents(synthetic)
     assert data.load(str(tmp_path / "s"))[2] == ["airplane", "automobile", "bird"]
 
@@ -2653,20 +2663,6 @@ def graphs(monkeypatch):
 
     monkeypatch.setattr(nn.Module, "compile", compile_whole)
     return counter
-
-
-def torchrun(nproc, script, *flags, nnodes=1):
-    """Runs a script under torchrun on one or more emulated hosts: (exit status, output and errors)."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    where = ["--nnodes", str(nnodes), "--master_addr=127.0.0.1", f"--master_port={port}", f"--nproc_per_node={nproc}"]
-    command = [sys.executable, "-m", "torch.distributed.run", *where]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    ranks = [[*command, f"--node_rank={k}", f"{HERE}/{script}", *flags] for k in range(nnodes)]
-    hosts = [subprocess.Popen(rank, **pipes) for rank in ranks]
-    text = "".join(host.communicate(timeout=180)[0] for host in hosts)
-    return max(host.returncode for host in hosts), text
 
 
 def test_ddpm_gpu_attention_suits_the_fused_kernels(fake_cuda, monkeypatch):

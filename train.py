@@ -322,8 +322,9 @@ while step < max_iters and not stopped:
             dist.all_reduce(flag := torch.tensor(float(bool(signals)), device=device))
             stopped = flag.item() > 0
         average, norm, now = mean(log_sums), norm.item(), time.time()
-        overflows = scaler.is_enabled() and scaler.get_scale() < 1  # it halves with every step that it skips
-        if not math.isfinite(average) or overflows or not (scaler.is_enabled() or math.isfinite(norm)):
+        # In float16 a step without finite gradients is skipped and halves the scale.
+        diverged = scaler.get_scale() < 1 if scaler.is_enabled() else not math.isfinite(norm)
+        if diverged or not math.isfinite(average):
             raise UserError(
                 f"loss {average:.3g}, grad norm {norm:.3g} at step {step}, lr {lr_now:.3g} (last checkpoint: step "
                 f"{saved_step}): lower lr, lengthen warmup_iters, or use --dtype=float32"
