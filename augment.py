@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 
 from configurator import (
-    can_compile,
     configure,
     describe_sampling,
     dtype_name,
@@ -29,6 +28,7 @@ from configurator import (
     leave_process_group,
     open_model,
     progress,
+    resolve_compile,
     resolve_guidance,
     setup_device,
 )
@@ -159,7 +159,7 @@ todo = todo[0]
 mine = todo[rank::world]
 total = sum(map(images_in, mine))
 if auto and total * steps >= 1_000_000:  # compiling takes about a minute
-    use_compile = can_compile(device)
+    use_compile = resolve_compile("auto", device)
 if use_compile:
     model.compile_network()
 if rank == 0:

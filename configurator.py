@@ -261,20 +261,27 @@ def keep_freed_memory():
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
-def can_compile(device):
-    """Whether torch.compile works on this GPU: it needs triton, a GPU new enough, and, often missing, a C compiler."""
-    if not device.startswith("cuda"):
+def resolve_compile(use_compile, device):
+    """Whether to use torch.compile; auto: on a GPU where it works. Raises UserError for True where it does not.
+
+    It needs a compiler of C or C++, which is often missing, and on a GPU triton.
+    """
+    if use_compile == "False" or (use_compile == "auto" and not device.startswith("cuda")):
         return False
-    if not find_spec("triton") or torch.cuda.get_device_capability() < (7, 0):
-        print("torch.compile needs triton and compute capability 7, so eager", file=sys.stderr)
-        return False
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
-    except Exception as e:
-        reason = str(e).strip().partition("\n")[0][:100]
-        print(f"torch.compile fails here, so eager ({type(e).__name__}: {reason})", file=sys.stderr)
-        return False
-    return True
+    fault = ""
+    if device.startswith("cuda") and (not find_spec("triton") or torch.cuda.get_device_capability() < (7, 0)):
+        fault = "torch.compile needs triton and compute capability 7"
+    else:
+        try:
+            torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+        except Exception as e:
+            reason = str(e).strip().partition("\n")[0][:100]
+            fault = f"torch.compile fails here ({type(e).__name__}: {reason})"
+    if fault and use_compile == "True":
+        raise UserError(f"use_compile: {fault}")
+    if fault:
+        print(f"{fault}: running eagerly", file=sys.stderr)
+    return not fault
 
 
 def setup_device(device="auto", dtype="auto", use_compile="auto"):
@@ -304,6 +311,4 @@ def setup_device(device="auto", dtype="auto", use_compile="auto"):
         keep_freed_memory()
     if dtype == "auto":
         dtype = "float32" if kind != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
-    if use_compile == "auto":
-        use_compile = can_compile(device)
-    return device, None if dtype == "float32" else getattr(torch, dtype), str(use_compile) == "True"
+    return device, None if dtype == "float32" else getattr(torch, dtype), resolve_compile(str(use_compile), device)

@@ -2749,7 +2749,8 @@ def test_augment_gpu_compiles_only_long_jobs(trained, tmp_path, capfd, monkeypat
     black = lambda self, y, indices, *_, **__: [torch.zeros(len(indices), 8, 8, 3, dtype=torch.uint8)]  # noqa: E731
     monkeypatch.setattr(DDPM, "compile_network", lambda self: compiled.append(self))
     monkeypatch.setattr(DDPM, "sample_batches", black)
-    monkeypatch.setattr(configurator, "can_compile", lambda _: True)  # as on a GPU
+    auto = lambda use_compile, _: use_compile != "False"  # noqa: E731  (as on a GPU)
+    monkeypatch.setattr(configurator, "resolve_compile", auto)
     cases = (
         (dict(per_class=2), False),
         (dict(per_class=2, use_compile=True), True),
@@ -2787,16 +2788,20 @@ def test_configurator_gpu_compiles_where_that_works(monkeypatch, capfd):
     for capability, triton, compiles in (((9, 0), True, True), ((6, 1), True, False), ((9, 0), False, False)):
         monkeypatch.setattr(configurator, "find_spec", lambda _: triton)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-        assert configurator.can_compile("cuda:0") is compiles
+        assert configurator.resolve_compile("auto", "cuda:0") is compiles
     monkeypatch.setattr(configurator, "find_spec", lambda _: True)
 
     def compile_without_cc(f):
         raise RuntimeError("Failed to find C compiler.\nPlease specify one via CC")
 
     monkeypatch.setattr(torch, "compile", compile_without_cc)
-    assert not configurator.can_compile("cuda:0")
-    said = capfd.readouterr().err.splitlines()[-1] + "\n"
-    assert said.count("\n") == 1 and "eager (RuntimeError: Failed to find C compiler.)" in said
+    assert not configurator.resolve_compile("auto", "cuda:0")
+    said = capfd.readouterr().err.splitlines()
+    assert said[-1] == "torch.compile fails here (RuntimeError: Failed to find C compiler.): running eagerly"
+    assert not configurator.resolve_compile("auto", "cpu")
+    for device in ("cpu", "cuda:0"):
+        with pytest.raises(UserError, match="^use_compile: .*Failed to find C compiler"):
+            configurator.resolve_compile("True", device)
 
 
 def test_train_float16_survives_a_loss_that_overflows(shards, tmp_path, capfd, monkeypatch):
@@ -2805,7 +2810,7 @@ def test_train_float16_survives_a_loss_that_overflows(shards, tmp_path, capfd, m
     def overflowing(self, xt, t, y):
         calls.append(self.training)
         out = network(self, xt, t, y)
-        return out * float("inf") if sum(calls) in bad and self.training else out
+        return out * float("inf") if (sum(calls) if self.training else "validation") in bad else out
 
     monkeypatch.setattr(DDPM, "network", overflowing)
     flags = tiny_flags(shards, str(tmp_path), dtype="float16", log_interval=2, eval_interval=4, max_iters=8)
@@ -2821,6 +2826,9 @@ def test_train_float16_survives_a_loss_that_overflows(shards, tmp_path, capfd, m
     checkpoint = ddpm.load_checkpoint(f"{tmp_path}/ckpt.pt")
     assert all(v.isfinite().all() for v in checkpoint["ema"]["shadow"].values())
     assert checkpoint["scaler"]["scale"] == 2**15  # halved once
+    calls, bad = [], {"validation"}  # not hidden: there is no step to skip
+    assert cli(capfd, "train.py", *flags)[0] == 0
+    assert data.read_json(f"{tmp_path}/log.json")["val_loss"] == [None, None]
     calls, bad = [], set(range(100))
     assert "at step 2, lr" in one_line(cli(capfd, "train.py", *flags))
 
@@ -2838,6 +2846,23 @@ def test_train_validation_images_are_moved_as_bytes(shards, tmp_path, capfd, mon
     monkeypatch.setattr(torch.Tensor, "to", record)
     assert cli(capfd, "train.py", *tiny_flags(shards, str(tmp_path), max_iters=1))[0] == 0
     assert ((6, 8, 8, 3), torch.uint8) in moved  # as floats they take four times the bytes
+
+
+@pytest.mark.slow
+def test_train_two_compiled_processes_equal_two_eager(shards, tmp_path):
+    """DistributedDataParallel cuts a compiled network into several graphs, one for each of its buckets."""
+    flags = dict(ch=64, ch_mult="1", attn_resolutions="", dtype="bfloat16", max_iters=4, eval_interval=4)
+    found = []
+    for use_compile in (False, True):
+        folder = f"{tmp_path}/{use_compile}"
+        how = tiny_flags(shards, folder, use_compile=use_compile, **flags)
+        status, text = torchrun(2, "train.py", *how)
+        assert status == 0 and ("compiled" if use_compile else "eager") in text, text
+        found.append(ddpm.load_checkpoint(f"{folder}/ckpt.pt"))
+    eager, compiled = found
+    np.testing.assert_allclose(compiled["history"]["val_loss"], eager["history"]["val_loss"], rtol=1e-2)
+    for key, value in eager["model"].items():
+        assert torch.allclose(value, compiled["model"][key], atol=1e-2), key
 
 
 @pytest.mark.slow

@@ -195,13 +195,10 @@ log(
 
 
 # 7. Reports: validation loss, class grids, checkpoints.
-def add_by_quarter(sums, losses, t):
-    """Adds the losses of a batch to the sums and counts (4, 2) of their quarter of 0..T-1.
-
-    Leaves out those that are not finite: in float16 the loss scaler skips such a step, and training goes on.
-    """
-    finite = losses.isfinite()
-    sums.index_add_(0, t * 4 // model.T, torch.stack([losses.where(finite, 0), finite.to(losses.dtype)], dim=1))
+def add_by_quarter(sums, losses, t, skip=False):
+    """Adds the losses of a batch to the sums and counts (4, 2) of their quarter of 0..T-1; skip: only finite losses."""
+    counted = losses.isfinite() if skip else torch.ones_like(losses, dtype=torch.bool)
+    sums.index_add_(0, t * 4 // model.T, torch.stack([losses.where(counted, 0), counted.to(losses.dtype)], dim=1))
 
 
 def mean(sums):
@@ -296,7 +293,7 @@ while step < max_iters and not stopped:
             ddp_model.require_backward_grad_sync = start + micro == len(x0)
         losses = ddp_model(x0[part], None if y is None else y[part], t[part], eps[part])
         scaler.scale(losses.mean() / grad_accum).backward()
-        add_by_quarter(log_sums, losses.detach(), t[part])
+        add_by_quarter(log_sums, losses.detach(), t[part], skip=scaler.is_enabled())  # the scaler skips such steps
 
     # Update the weights and their average.
     scaler.unscale_(optimizer)
