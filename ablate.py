@@ -187,18 +187,22 @@ def slug(text):
 
 
 def make_plan(study, folder):
-    """A dict for each seed and cell: its title, folders, and the commands that train, sample and score it."""
-    plan, models = [], {}
+    """A dict for each seed and cell: its title, folders, and the commands that train, sample and score it.
+
+    Cells share a model when they differ only in sampling; with max_iters, also those of different studies.
+    """
+    plan, models = [], f"{work_dir}/models-{max_iters}" if max_iters else f"{folder}/models"
     recipe = {key: value for key, (value, _) in run_config(study["config"]).items()}
+    defaults = defaults_of("train.py") | recipe
     for k in range(seed, seed + seeds):
         for title, cell in study["cells"].items():
             settings = study.get("base", {}) | cell
             sampling = {key: settings.pop(key) for key in SAMPLING & settings.keys()}
             script, share, score = (settings.pop(key, default) for key, default in OWN.items())
-            model = models.setdefault(
-                repr((script, share, settings)), title
-            )  # cells that only sample otherwise share it
-            model_dir, cell_dir = f"{folder}/model-{slug(model)}-{k}", f"{folder}/cell-{slug(title)}-{k}"
+            settings = {key: v for key, v in settings.items() if script != "train.py" or defaults.get(key) != v}
+            of_budget = "" if share == 1 else f"{share} of "
+            model = slug(f"{of_budget}{study['config']} {script} {settings or ''}")
+            model_dir, cell_dir = f"{models}/{model}-{k}", f"{folder}/cell-{slug(title)}-{k}"
             where = dict(data_dir=data_dir, device=device)
             config = [study["config"]] if script == "train.py" else []
             train = [*python(script), *config, *flags(**settings, seed=k, out_dir=model_dir, **where)]

@@ -2570,7 +2570,7 @@ def test_ablate_killed_and_resumed_gives_the_same_results(shards, tmp_path):
         found[way] = data.read_json(f"{root}/results/tiny.json")["runs"]
         assert (root / "results" / "tiny.md").read_text().count("\n| ") == 6  # title, rule, cells, real images
     assert found["whole"] == found["killed"] and len(found["whole"]) == 3
-    assert len(list((tmp_path / "whole" / "out-ablate" / "tiny").glob("model-*-0"))) == 2  # two cells share a model
+    assert len(list((tmp_path / "whole" / "out-ablate" / "models-20").glob("*"))) == 2  # two cells share a model
     refused = ablate(shards, tmp_path / "whole", "tiny", "--n=21").communicate()[0]
     assert "is of other settings (study)" in refused and "Traceback" not in refused
 
@@ -2580,6 +2580,11 @@ def test_ablate_dry_run_lists_every_cell(capfd):
         status, text = cli(capfd, "ablate.py", study, "--dry_run=True", "--seeds=2")
         assert status == 0 and f"{cells} cells x 2 seeds" in text and text.count("evaluate.py") >= 2 * cells, text
     assert "4 cells x 2 seeds, 2 trainings" in text  # EMA and guidance need no training of their own
+    found = []
+    for study in ("linear_cosine", "ema_guidance"):
+        text = cli(capfd, "ablate.py", study, "--dry_run=True", "--max_iters=9")[1]
+        found.append(set(re.findall(r"models-9\S*", text)))
+    assert len(found[0]) == 2 and found[1] < found[0]  # the recipe's own cell is trained once for both
 
 
 def test_ablate_every_study_uses_settings_that_exist():
