@@ -399,8 +399,7 @@ def report():
 if __name__ == "__main__":
     NAME = next((arg for arg in sys.argv[1:] if not arg.startswith("-")), "")
     sys.argv = [arg for arg in sys.argv if arg != NAME]
-    ranges = dict(seeds="[1, inf)", seed="[0, inf)", minutes="[0, inf)", max_iters="[0, inf)", n="[0, inf)")
-    config, given = configure(globals(), ranges)
+    config, given = configure(globals(), dict(minutes="[0, inf)", max_iters="[0, inf)"))
     signals = catch_signals()
     sys.stdout.reconfigure(line_buffering=True)
     main(NAME)

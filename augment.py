@@ -25,8 +25,11 @@ from configurator import (
     describe_sampling,
     dtype_name,
     duration,
+    join_process_group,
     leave_process_group,
+    lock_folder,
     open_model,
+    process_rank,
     progress,
     resolve_compile,
     resolve_guidance,
@@ -67,11 +70,10 @@ device = "auto"  # cuda, mps, cpu
 dtype = "auto"  # float32, bfloat16, float16
 use_compile = "auto"  # True, False; auto: on a GPU, for 1,000,000 images x steps or more per process
 # ---------------------------------------------------------------------------------------------------------------------
-ranges = dict.fromkeys(("per_class", "batch_size", "shard_size", "steps"), "[1, inf)")
-config, given = configure(globals(), ranges, w=float, guidance_scale=float)
+config, given = configure(globals(), w=float, guidance_scale=float)
 
 # Model and settings. The images are a function of these settings alone.
-rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+rank, world = process_rank()
 auto = use_compile == "auto"
 device, amp_dtype, use_compile = setup_device(device, dtype, "False" if auto else use_compile)
 model, info = open_model(out_dir, ema, device, amp_dtype)
@@ -106,17 +108,20 @@ def names_of(i):
 def is_done(i):
     """Whether the files of shard i are there and of the right length. Raises UserError for a damaged one."""
     paths = [f"{folder}/{name}" for name in names_of(i)]
-    return all(os.path.exists(p) and len(load_array(p, mmap_mode="r")) == images_in(i) for p in paths)
+    return all(os.path.exists(p) and len(load_array(p, mmap=True)) == images_in(i) for p in paths)
 
 
 def open_folder():
     """Prepares the folder; returns the shards to make. Raises UserError if it holds a set of other settings."""
-    os.makedirs(folder, exist_ok=True)
+    lock_folder(folder)
     manifest, advice = f"{folder}/manifest.json", "use --overwrite=True to delete it, or another --synthetic_dir"
     if overwrite:
         save_json(manifest, {"complete": False, "settings": {}, "shards": {}})  # incomplete before anything is deleted
         for old in shard_files(folder):
             os.remove(old)
+    need = per_class * C * (math.prod(model.shape) + 1) - sum(map(os.path.getsize, shard_files(folder)))
+    if need > (free := shutil.disk_usage(folder).free):
+        raise UserError(f"{folder}: the shards need {need / 1e6:.0f} MB, but the disk has {free / 1e6:.0f} MB free")
     if shard_files(folder):
         if not os.path.exists(manifest):
             raise UserError(f"{folder} holds shards that were not written by augment.py: {advice}")
@@ -131,9 +136,6 @@ def open_folder():
         if old.get("complete"):
             check_manifest(folder, allow_missing=True)
     todo = [i for i in range(n_shards) if not is_done(i)]
-    need, free = sum(map(images_in, todo)) * (math.prod(model.shape) + 1) + 2**20, shutil.disk_usage(folder).free
-    if todo and need > free:
-        raise UserError(f"{folder}: the shards need {need / 1e6:.0f} MB, but the disk has {free / 1e6:.0f} MB free")
     save_json(manifest, {"complete": False, "settings": settings, "shards": {}})
     save_json(f"{folder}/classes.json", names)
     return todo
@@ -151,7 +153,7 @@ def make_shard(i, on_batch):
 
 # Sample. Rank 0 opens the folder; each process makes every world-th shard that is missing.
 if world > 1:
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=20))  # they wait for each other only at the end
+    join_process_group("gloo", timeout=datetime.timedelta(days=20))  # they wait for each other only at the end
 todo = [open_folder() if rank == 0 else None]
 if world > 1:
     dist.broadcast_object_list(todo)

@@ -48,8 +48,7 @@ learn_dir = "out-bench"  # for each side the network that it learned and a folde
 # ---------------------------------------------------------------------------------------------------------------------
 RECIPE = defaults_of("train.py")  # a recipe is whatever train.py could be given
 settings = RECIPE | {key: globals()[key] for key in defaults_of("bench.py")} | {"__doc__": __doc__}
-ranges = dict.fromkeys(("rounds", "steps", "num_samples", "batch_size"), "[1, inf)") | {"minutes": "(0, inf)"}
-config, given = configure(settings, ranges)
+config, given = configure(settings)
 s = SimpleNamespace(**config)
 
 

@@ -456,9 +456,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    ranges = dict.fromkeys(("seeds", "batch_size", "max_iters", "eval_interval"), "[1, inf)")
-    ranges |= dict.fromkeys(
-        ("n_real", "n_synthetic", "shift", "seed", "weight_decay", "warmup_iters", "image_size"), "[0, inf)"
-    )
-    ranges |= dict(val_fraction="(0, 1)", dropout="[0, 1)", lr="(0, inf)", min_lr="[0, inf)")
-    main(configure(globals(), ranges)[0])
+    main(configure(globals(), dict(val_fraction="(0, 1)"))[0])

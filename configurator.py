@@ -26,6 +26,24 @@ import torch.distributed as dist
 from ddpm import UserError, check_choice, check_range, load_model
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+DISTRIBUTED = ("train.py", "augment.py")  # the scripts that torchrun may start
+RANGES = {  # of the numbers of all scripts, where a script does not give its own; a model's are in DDPMConfig
+    "[1, inf)": "batch_size grad_accum max_iters log_interval eval_interval eval_images num_samples per_class steps "
+    "shard_size seeds rounds dpi z_dim",
+    "[0, inf)": "epochs grad_clip sample_interval weight_decay warmup_iters image_size min_lr n n_real n_synthetic "
+    "shift input_noise",
+    "(0, inf)": "lr minutes",
+    "[0, 1)": "val_fraction dropout ema_decay beta1",
+    "(0, 1]": "crop",
+    "[0, 1]": "eta",
+    "(-inf, inf)": "w guidance_scale",
+    "[0, 0.5)": "label_smoothing",
+    "[1, 100000]": "timesteps",
+    "[32, inf)": "resize",
+    "[0, 4294967296)": "seed",
+}
+RANGES = {key: interval for interval, keys in RANGES.items() for key in keys.split()}
+locked = set()  # folders that this process has locked
 
 
 def settings_in(script):
@@ -62,32 +80,33 @@ def convert(value, kind):
         return tuple(value) if type(value) is list else (value,)
     if type(value) is not kind:
         raise TypeError
-    return value
+    return os.path.expanduser(value) if kind is str else value  # ~/data
 
 
 def parse(text, kind):
     """A flag's text as a value of the given kind. Raises TypeError."""
     if kind is str:
-        return text
+        return convert(text, kind)
     if kind is tuple and text == "":
         return ()
     try:
         return convert(ast.literal_eval(text.capitalize() if kind is bool else text), kind)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, OverflowError, RecursionError, MemoryError):  # the last two: deeply nested
         raise TypeError from None
 
 
 def run_config(path):
     """Executes a config file: {key: (value, "file:line")}. Raises UserError."""
+    path = os.path.expanduser(path)
     found = next((p for p in (path, os.path.join(HERE, path)) if os.path.isfile(p)), None)
     if found is None:
         raise UserError(f"no config file {path!r} (settings are written as --key=value)")
     scope = {"__file__": found}
     try:
-        with open(found, encoding="utf-8") as f:
+        with open(found, encoding="utf-8-sig") as f:  # Windows editors write a byte order mark
             source = f.read()
         exec(compile(source, found, "exec"), scope)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise UserError(f"config file {path}: {type(e).__name__}: {e}") from None
     settings = {}
     for key, value in scope.items():
@@ -97,14 +116,19 @@ def run_config(path):
     return settings
 
 
-def configure(namespace, ranges=None, **optional):
+def configure(namespace, ranges=(), **optional):
     """Overrides the settings in a script's globals from sys.argv. Returns (all settings, those given) as two dicts.
 
     A setting is a lower-case global that is a bool, int, float, str or tuple at the time of the call, or one whose
-    default is None and whose type is in `optional` (w=float). ranges: {key: interval}, see check_range.
+    default is None and whose type is in `optional` (w=float). ranges: {key: interval} that differ from RANGES.
     Raises UserError for an unknown key (with the nearest match), a wrong type, a missing file or a value out of range.
     """
     sys.excepthook = print_user_error
+    if sys.stdout and not isinstance(sys.stdout, Output):
+        sys.stdout = Output(sys.stdout)
+    script = os.path.basename(sys.argv[0])
+    if process_rank()[1] > 1 and script not in DISTRIBUTED:
+        raise UserError(f"one process is enough: start it with `python {script}`")
     kinds = {key: type(v) for key, v in namespace.items() if key.islower() and not key.startswith("_")}
     kinds = {key: kind for key, kind in kinds.items() if kind in (bool, int, float, str, tuple)} | optional
     defaults, given = {key: namespace[key] for key in kinds}, {}
@@ -135,23 +159,39 @@ def configure(namespace, ranges=None, **optional):
             raise UserError(f"{arg!r}: write it as --{key or 'key'}=value")
         set_key(key, text, "flag", parse)
     config = defaults | given
-    for key, interval in (ranges or {}).items():
-        check_range(key, config[key], interval)
+    for key, interval in (RANGES | dict(ranges)).items():
+        if type(config.get(key)) in (int, float):
+            check_range(key, config[key], interval)
+    for key in kinds.keys() & {"out_dir", "data_dir"}:
+        check_folder(key, config[key], writable=key == "out_dir")
     namespace.update(given)
     return config, given
 
 
+def check_folder(key, path, writable):
+    """Raises UserError, before any work is done, if path cannot be a folder to read, or to write to."""
+    if path == "":
+        raise UserError(f"{key} is empty: use {key}=. for the current folder")
+    path = os.path.abspath(path)
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    if not os.path.isdir(path):
+        raise UserError(f"{key}: {path} is not a folder")
+    if writable and not os.access(path, os.W_OK):
+        raise UserError(f"{key}: {path} is read-only")
+
+
 def apply_saved(saved, config, given, namespace, fixed, log=print):
-    """Settings of a resumed run: those saved with its checkpoint, unless given. Those in `fixed` must not change."""
+    """Takes over the settings saved with a checkpoint, unless given. Those in `fixed` must not change."""
     for key, old in saved.items():
         if key in ("init_from", "out_dir", "device", "use_compile") or key not in config or given.get(key) == old:
             continue
         if key not in given:
             config[key] = namespace[key] = old
         elif key in fixed:
-            raise UserError(f"{key}: checkpoint {old!r}, flag {given[key]!r}: resume with the checkpoint's value")
+            raise UserError(f"{key}: checkpoint {old!r}, flag {given[key]!r}: it cannot change")
         else:
-            log(f"resume: {key} changes from {old!r} to {given[key]!r}")
+            log(f"{key} changes from the checkpoint's {old!r} to {given[key]!r}")
 
 
 def catch_signals():
@@ -162,9 +202,23 @@ def catch_signals():
         caught.append(signum)
         signal.signal(signum, signal.SIG_DFL)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the last, a closed terminal, is not on Windows
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), stop)
     return caught
+
+
+def process_rank():
+    """(rank, world) of this process under torchrun, else (0, 1)."""
+    if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return 0, 1
+
+
+def join_process_group(backend, **settings):
+    """dist.init_process_group, which would hide what print_user_error prints."""
+    dist.init_process_group(backend, **settings)
+    sys.excepthook = print_user_error
 
 
 def leave_process_group():
@@ -177,6 +231,47 @@ def leave_process_group():
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+class Output:
+    """A stream that cannot end a run: it drops what nobody reads any more (`| head`), and replaces what a console's
+    encoding lacks.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        with suppress(AttributeError):
+            stream.reconfigure(errors="replace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def lock_folder(folder):
+    """Makes a folder and locks it until this process ends. Raises UserError if another process has locked it."""
+    os.makedirs(folder, exist_ok=True)
+    if (path := os.path.realpath(folder)) in locked:
+        return
+    try:
+        import fcntl
+
+        locked.add(path)
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        locked.remove(path)
+        raise UserError(f"{folder} is in use by another process: wait for it, or use another folder") from None
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        pass
 
 
 def print_help(doc, defaults, optional):
@@ -193,6 +288,8 @@ def print_user_error(kind, error, trace):
         error = "out of memory: lower batch_size (in training, raise grad_accum to keep the batch)"
     elif kind is KeyboardInterrupt:
         error = "interrupted"
+    elif issubclass(kind, OSError) and error.filename:
+        error = f"{error.filename}: {error.strerror}"
     elif not issubclass(kind, UserError):
         return sys.__excepthook__(kind, error, trace)
     print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)

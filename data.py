@@ -5,6 +5,7 @@ and classes.json (a list of names), in train/ and test/ where there are both spl
 or generated is cached in that form and memory-mapped from then on.
 """
 
+import collections
 import colorsys
 import difflib
 import glob
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -25,7 +27,11 @@ TORCHVISION = {  # class, image size, how to place the files by hand
     "fashion_mnist": ("FashionMNIST", 28, "FashionMNIST/raw/*-ubyte (unpacked), from github.com/zalandoresearch"),
     "flowers102": ("Flowers102", 64, "flowers-102/, from https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"),
 }
-IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
+IMAGE_TYPES = tuple(
+    ".png .apng .jpg .jpeg .jpe .jfif .bmp .dib .webp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .tga .avif".split()
+)
+SPLITS = ("train", "test", "val", "valid", "validation")  # the last three are not used
+DECODING = 2  # version of what decode_image makes of a file: raised when that changes, so that no cache is out of date
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,21 +45,27 @@ def save_json(path, content):
         f.write(json.dumps(content, indent=1).encode())
 
 
-def read_json(path):
-    """json.load. Raises UserError for a damaged file."""
+def read_json(path, kind=dict):
+    """json.load. Raises UserError for a damaged file, or if its content is not of the given kind."""
     try:
         with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except ValueError as e:
+            content = json.load(f)
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is damaged or not JSON ({e})") from None
+    if not isinstance(content, kind):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected a {kind.__name__}")
+    return content
 
 
-def load_array(path, **how):
-    """np.load. Raises UserError for a damaged file."""
+def load_array(path, mmap=False):
+    """The array of an .npy file, memory-mapped or not. Raises UserError for a damaged file."""
     try:
-        return np.load(path, **how)
-    except (ValueError, OSError, EOFError) as e:
+        array = np.load(path, mmap_mode="r")
+        if array.offset + array.nbytes != os.path.getsize(path):
+            raise ValueError("its size does not fit its header")
+    except Exception as e:  # of a damaged header: whatever Python's parser raises
         raise UserError(f"{path} is damaged or not an .npy file ({e})") from None
+    return array if mmap else np.array(array)
 
 
 def file_hash(path):
@@ -99,12 +111,13 @@ def shard_files(folder, kind="*"):
 def check_manifest(folder, allow_missing=False):
     """Raises UserError unless the shards are those that augment.py listed in manifest.json."""
     manifest = read_json(f"{folder}/manifest.json")
-    if not {"complete", "settings", "shards"} <= manifest.keys():
+    shards = manifest.get("shards")
+    if not ({"complete", "settings"} <= manifest.keys() and isinstance(shards, dict)):
         raise UserError(f"{folder}/manifest.json was not written by augment.py")
-    if not manifest["complete"]:
+    if manifest["complete"] is not True:
         raise UserError(f"{folder} is not complete: run augment.py again with the same settings to finish it")
-    for name, digest in manifest["shards"].items():
-        path = f"{folder}/{name}"
+    for name, digest in shards.items():
+        path = f"{folder}/{os.path.basename(name)}"
         if not os.path.exists(path):
             if allow_missing:
                 continue
@@ -112,7 +125,7 @@ def check_manifest(folder, allow_missing=False):
         if file_hash(path) != digest:
             raise UserError(f"{path} is not the file listed in manifest.json: it was truncated or changed")
     for path in shard_files(folder):
-        if os.path.basename(path) not in manifest["shards"]:
+        if os.path.basename(path) not in shards:
             raise UserError(f"{path} is not listed in manifest.json")
 
 
@@ -125,27 +138,35 @@ def read_shards(folder):
         check_manifest(folder)
     images, labels = [], []
     for path in shard_files(folder, "images"):
-        images.append(load_array(path, mmap_mode="r"))
+        images.append(load_array(path, mmap=True))
         shape, dtype = images[-1].shape, images[-1].dtype
-        if dtype != np.uint8 or len(shape) != 4 or shape[1:] != images[0].shape[1:]:
-            raise UserError(f"{path}: {dtype} {shape}, expected uint8 (N, H, W, C), alike in all shards")
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or shape[1:] != images[0].shape[1:]:
+            raise UserError(f"{path}: {dtype} {shape}, expected uint8 (N, H, W, 1 or 3), alike in all shards")
         label_path = os.path.join(folder, os.path.basename(path).replace("images_", "labels_"))
         if os.path.exists(label_path):
-            labels.append(load_array(label_path).astype(np.int64))
-            if labels[-1].shape != shape[:1]:
-                raise UserError(f"{label_path}: labels {labels[-1].shape} for {shape[0]} images")
-    if not images:
-        raise UserError(f"no images_*.npy in {folder}")
+            labels.append(load_array(label_path))
+            if labels[-1].shape != shape[:1] or labels[-1].dtype.kind not in "ui":
+                raise UserError(
+                    f"{label_path}: {labels[-1].dtype} {labels[-1].shape}, expected a whole number for each of "
+                    f"{shape[0]} images"
+                )
+    if not sum(map(len, images)):
+        raise UserError(f"no images in {folder}/images_*.npy")
     if labels and len(labels) != len(images):
         raise UserError(f"{folder}: {len(images)} files of images, but {len(labels)} of labels")
-    images = images[0] if len(images) == 1 else np.concatenate(images)
-    labels = np.concatenate(labels) if labels else None
+    images = np.concatenate(images) if len(images) > 1 else np.require(images[0], requirements="C")
     names_path = next((p for p in (f"{folder}/classes.json", f"{folder}/../classes.json") if os.path.exists(p)), None)
-    numbers = range(0 if labels is None else int(labels.max(initial=-1)) + 1)
-    names = read_json(names_path) if names_path else [str(k) for k in numbers]
-    if len(numbers) > len(names):
-        raise UserError(f"{folder}: label {numbers[-1]}, but classes.json names {len(names)} classes")
-    return images, labels, names
+    names = read_json(names_path, list) if names_path else None
+    if names is not None and (not all(type(name) is str for name in names) or len(set(names)) < len(names)):
+        raise UserError(f"{names_path}: expected a list of names that differ")
+    if not labels:
+        return images, None, names or []
+    labels = np.concatenate(labels)
+    low, high = int(labels.min()), int(labels.max())
+    names = [str(k) for k in range(high + 1)] if names is None else names
+    if low < 0 or high >= len(names):
+        raise UserError(f"{folder}: labels run from {low} to {high}, but there are {len(names)} classes")
+    return images, labels.astype(np.int64), names
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,10 +212,21 @@ def make_shapes(n, seed, size=32):
     return images, labels, names
 
 
-def resize_and_crop(image, size):
-    """A PIL image as uint8 (size, size, 3): shorter side resized, then cropped to the centre."""
+def decode_image(image, size):
+    """A PIL image as uint8 (size, size, 3), as a viewer shows it on white; its shorter side is resized to `size`, and
+    the centre is cropped.
+    """
     from PIL import Image, ImageOps
 
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # 16 bits or more for each pixel
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"pixels of mode {image.mode}")
+        image = Image.fromarray((values // 257).astype(np.uint8))
+    if "transparency" in image.info or image.mode[-1] in "Aa":
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.LANCZOS))
 
 
@@ -203,26 +235,60 @@ def shuffled(items):
     return [items[k] for k in np.random.default_rng(0).permutation(len(items))]
 
 
+def files_below(folder, ancestors=()):
+    """The sorted paths of all files in a folder and its sub-folders, but for hidden names and links that lead back."""
+    ancestors, found = (*ancestors, os.path.realpath(folder)), []
+    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+        if entry.name.startswith("."):
+            continue
+        if not entry.is_dir():
+            found.append(entry.path)
+        elif not any(a == (real := os.path.realpath(entry)) or a.startswith(f"{real}{os.sep}") for a in ancestors):
+            found += files_below(entry.path, ancestors)
+    return found
+
+
+def list_images(folder):
+    """The images of a folder, its sub-folders being the classes: ([(path, label or None)], names, what is not used).
+
+    Sub-folders of a class belong to it. Without classes, all images are listed.
+    """
+    files = files_below(folder)
+    images = [p for p in files if p.lower().endswith(IMAGE_TYPES)]
+    others = collections.Counter(f"*{os.path.splitext(p)[1].lower()}" for p in set(files) - set(images))
+    unused = [f"{n} {kind}" for kind, n in sorted(others.items())]
+    parts = {p: os.path.relpath(p, folder).split(os.sep) for p in images}
+    listed = [p for p in images if len(parts[p]) > 1]
+    names = sorted({parts[p][0] for p in listed})
+    if not names:
+        return [(p, None) for p in images], names, unused
+    if len(images) > len(listed):
+        unused.append(f"{len(images) - len(listed)} images beside the classes")
+    folders = {e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")}
+    unused += [f"{name}/ without images" for name in sorted(folders - set(names))]
+    return [(p, names.index(parts[p][0])) for p in listed], names, unused
+
+
 def decode_folder(folder, size):
-    """Decodes the images of a folder: (images, labels or None, names). Its sub-folders with images are the classes."""
+    """Decodes the images of a folder: (images, labels or None, names). See list_images."""
     from PIL import Image
 
-    def images_in(path):
-        return sorted(e.path for e in os.scandir(path) if e.name.lower().endswith(IMAGE_TYPES))
-
-    names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and images_in(e.path))
-    paths = [(p, k) for k, name in enumerate(names) for p in images_in(f"{folder}/{name}")]
-    paths = shuffled(paths or [(p, 0) for p in images_in(folder)])
-    if not paths:
+    listed, names, unused = list_images(folder)
+    if not listed:
         raise UserError(f"no images ({' '.join(IMAGE_TYPES)}) in {folder} or its sub-folders, and no images_*.npy")
-    images = np.empty((len(paths), size, size, 3), dtype=np.uint8)
-    for i, (path, _) in enumerate(paths):
+    if unused:
+        print(f"{folder}: not used: {', '.join(unused)}", file=sys.stderr)
+    listed = shuffled(listed)
+    images = np.empty((len(listed), size, size, 3), dtype=np.uint8)
+    for i, (path, _) in enumerate(listed):
         try:
+            if not os.path.isfile(path):
+                raise FileNotFoundError("no such file")
             with Image.open(path) as image:
-                images[i] = resize_and_crop(image, size)
-        except (OSError, SyntaxError) as e:
-            raise UserError(f"{path} is not a readable image ({type(e).__name__})") from None
-    return images, np.array([k for _, k in paths]) if names else None, names
+                images[i] = decode_image(image, size)
+        except Exception as e:  # Pillow raises many kinds
+            raise UserError(f"{path} is not a readable image ({type(e).__name__}: {str(e)[:80]})") from None
+    return images, np.array([k for _, k in listed]) if names else None, names
 
 
 def download(dataset, data_dir, split, size):
@@ -242,7 +308,7 @@ def download(dataset, data_dir, split, size):
         ) from None
     if dataset == "flowers102":  # jpg files, sorted by class
         order = shuffled(range(len(source)))
-        images = np.stack([resize_and_crop(source[k][0], size) for k in order])
+        images = np.stack([decode_image(source[k][0], size) for k in order])
         labels = np.asarray(source._labels)[order]
     else:
         images, labels = np.asarray(source.data), np.asarray(source.targets)
@@ -310,17 +376,24 @@ def builtin_folder(dataset, split, data_dir, image_size):
 
 def user_folder(dataset, split, data_dir, image_size):
     """The shard folder of a user's folder of shards or images, or None if it has no such split."""
-    has_splits = os.path.isdir(f"{dataset}/train")
-    source = f"{dataset}/{split}" if has_splits else dataset
-    if not os.path.isdir(source) or (split == "test" and not has_splits):
+    entries = [e for e in os.scandir(dataset) if not e.name.startswith(".")]
+    folders = {e.name.lower(): e.name for e in entries if e.is_dir()}
+    has_splits = "train" in folders and folders.keys() <= set(SPLITS)  # else `train` is a class
+    if split not in folders if has_splits else split == "test":
         return None
+    source = f"{dataset}/{folders[split]}" if has_splits else dataset
     if shard_files(source, "images") or os.path.exists(f"{source}/manifest.json"):
         return source
-    size, paths = image_size or 64, sorted(glob.glob(f"{glob.escape(source)}/**", recursive=True))
-    listing = os.path.abspath(source), size, [(p, os.stat(p).st_mtime_ns) for p in paths]
-    key = hashlib.sha256(repr(listing).encode()).hexdigest()[:12]
+    size, listing = image_size or 64, []
+    for path in files_below(source):
+        stat = os.stat(path, follow_symlinks=os.path.exists(path))
+        listing.append((path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    key = hashlib.sha256(repr((DECODING, os.path.abspath(source), size, listing)).encode()).hexdigest()[:12]
     folder = f"{data_dir}/{os.path.basename(os.path.abspath(source))}-{size}-{key}"
     if not shard_files(folder, "images"):
+        beside = sorted({e.name for e in entries if e.name.lower() not in ("train", "test", "classes.json")})
+        if has_splits and beside:
+            print(f"{dataset}: not used: {', '.join(beside[:9])}{', …' if beside[9:] else ''}", file=sys.stderr)
         cache(folder, *decode_folder(source, size))
     return folder
 
@@ -336,6 +409,8 @@ def load_splits(dataset, data_dir="data", image_size=0, classes=""):
         raise UserError(f"{dataset} has no training split")
     if test[0] is not None and (names != test_names or (train[1] is None) != (test[1] is None)):
         raise UserError(f"{dataset}: the splits have different classes, {names} and {test_names}: use --classes")
+    if train[1] is not None and (empty := sorted(set(range(len(names))) - set(train[1].tolist()))):
+        print(f"warning: no training images of {', '.join(names[k] for k in empty)}", file=sys.stderr)
     return train, test, names
 
 

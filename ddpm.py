@@ -25,6 +25,7 @@ import contextlib
 import math
 import os
 import warnings
+import zipfile
 from dataclasses import dataclass
 from functools import partial
 
@@ -88,19 +89,31 @@ class DDPMConfig:
             check_choice(name, getattr(self, name), allowed)
         for name in ("ch_mult", "attn_resolutions", "class_names"):
             setattr(self, name, tuple(getattr(self, name)))
-        for name in ("image_size", "channels", "patch", "ch", "num_res_blocks", "timesteps"):
-            check_range(name, getattr(self, name), "[1, inf)")
+        whole = dict(image_size=4096, channels=4096, patch=64, ch=4096, num_res_blocks=64, timesteps=100_000)
+        for name, most in (whole | dict(num_classes=100_000)).items():
+            check_range(name, getattr(self, name), f"[{0 if name == 'num_classes' else 1}, {most}]")
+            if type(getattr(self, name)) is not int:
+                raise UserError(f"{name}: {getattr(self, name)} must be a whole number")
         check_range("p_uncond", self.p_uncond, "[0, 1]")
         check_range("dropout", self.dropout, "[0, 1)")
-        if not self.ch_mult or not all(type(m) is int and m > 0 for m in self.ch_mult) or self.ch % 2:
+        if self.class_names and len(self.class_names) != self.num_classes > 0:
+            raise UserError(f"{len(self.class_names)} class_names for {self.num_classes} classes")
+        if not all(type(name) is str for name in self.class_names):
+            raise UserError(f"class_names: {self.class_names} must be text")
+        if not self.ch_mult or not all(type(m) is int and 0 < m <= 64 for m in self.ch_mult) or self.ch % 2:
             raise UserError(
-                f"ch_mult={self.ch_mult}, ch={self.ch}: multiples must be whole numbers above 0 and ch even"
+                f"ch_mult={self.ch_mult}, ch={self.ch}: multiples must be whole numbers from 1 to 64 and ch even"
             )
         halvings = len(self.ch_mult) - (self.arch == "unet")  # the U-Net's first level keeps the resolution
         if self.image_size % (unit := self.patch * 2**halvings):
             raise UserError(
                 f"image_size: {self.image_size} is not divisible by {unit} (patch {self.patch}, {halvings} halvings): "
                 f"use {max(1, self.image_size // unit) * unit} or fewer entries in ch_mult"
+            )
+        sides = [self.image_size // self.patch // 2**k for k in range(len(self.ch_mult))]
+        if self.arch == "unet" and not set(self.attn_resolutions) <= set(sides):
+            raise UserError(
+                f"attn_resolutions: {self.attn_resolutions}, but the levels are {', '.join(map(str, sides))} wide"
             )
 
 
@@ -454,6 +467,8 @@ class DDPM(nn.Module):
         betas = make_betas(config.schedule, self.T, config.beta_start, config.beta_end)
         abar = torch.cumprod(1 - betas, dim=0)
         self.abar = abar.tolist()  # float64, for the samplers
+        if self.abar[-1] < 1e-300:
+            raise UserError(f"timesteps={self.T}: alpha_bar falls to zero in float64: lower timesteps or beta_end")
         warn_if_signal_remains(self.T, config.beta_start, config.beta_end, self.abar[-1])
         tables = dict(betas=betas, alphas_bar=abar)
         tables["q_var"] = 1 - abar  # computed in float64: in float32 it would lose digits at small t
@@ -612,6 +627,8 @@ class DDPM(nn.Module):
         """
         if y is None and indices is None:
             raise UserError("how many images? Give y (labels), or indices=range(n) for unlabelled ones")
+        if y is not None and indices is not None and len(y) != len(indices):
+            raise UserError(f"{len(y)} labels, but {len(indices)} indices")
         timesteps = self.check_sampling(y, w, sampler, steps, eta, variance, interval)
         device = self.betas.device
         indices = range(len(y)) if indices is None else indices
@@ -634,7 +651,8 @@ class DDPM(nn.Module):
                     xt = c0 * x0_hat + ct * xt + var**0.5 * noise()
                 elif sampler == "ddim":
                     std = eta * posterior_coefficients(abar_t, abar_s)[2] ** 0.5  # [4] eq. 16
-                    xt = abar_s**0.5 * x0_hat + (1 - abar_s - std**2) ** 0.5 * eps_hat  # [4] eq. 12
+                    rest = max(0.0, 1 - abar_s - std**2)  # rounding may leave -1e-16
+                    xt = abar_s**0.5 * x0_hat + rest**0.5 * eps_hat  # [4] eq. 12
                     xt = xt + std * noise() if eta else xt
                 else:
                     # [6] alg. 2 with h the step in lambda = -log sigma and 1 / (2 r) = h / (2 h_prev)
@@ -707,6 +725,9 @@ class EMA:
         return {"updates": self.updates, "shadow": self.shadow}
 
     def load_state_dict(self, state):
+        for name, p in self.shadow.items():
+            if state["shadow"][name].shape != p.shape:
+                raise ValueError(f"{name} is {tuple(state['shadow'][name].shape)}, expected {tuple(p.shape)}")
         self.updates = state["updates"]
         self.copy(state["shadow"], self.shadow)
 
@@ -722,7 +743,10 @@ class EMA:
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Opens a temporary file for writing and renames it to `path` at the end: `path` is whole at any moment."""
+    """Opens a temporary file for writing and renames it to `path` at the end: `path` is whole at any moment.
+
+    Raises UserError if the disk is full, or the like.
+    """
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as f:
@@ -730,27 +754,42 @@ def atomic_write(path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as e:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+        cause = e if isinstance(e, OSError) else e.__context__  # torch.save raises its own error from it
+        if isinstance(cause, OSError):
+            raise UserError(f"cannot write {path}: {cause.strerror}; what it held is unchanged") from None
         raise
 
 
-def load_checkpoint(path, keys=("model_args", "ema")):
+@contextlib.contextmanager
+def reading(path):
+    """Whatever goes wrong while a checkpoint is read or used is raised as a UserError of one line."""
+    try:
+        yield
+    except PermissionError:
+        raise UserError(f"cannot read checkpoint {path}: permission denied") from None
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:
+        reason = " ".join(str(e).split())[:120]
+        raise UserError(f"checkpoint {path} is damaged or not of this program ({type(e).__name__}: {reason})") from None
+
+
+def load_checkpoint(path, keys=("model_args", "ema", "step")):
     """Reads a checkpoint onto the CPU without executing anything in it: a dict that has `keys`.
 
     Raises UserError if it is missing or damaged.
     """
     if not os.path.exists(path):
         raise UserError(f"no checkpoint {path}: train one with `python train.py`, or give its folder with --out_dir")
-    try:
+    with reading(path):
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+            raise ValueError(f"checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for key in keys:
-            checkpoint[key]
-    except PermissionError:
-        raise UserError(f"cannot read checkpoint {path}: permission denied") from None
-    except Exception as e:
-        raise UserError(f"checkpoint {path} is damaged ({type(e).__name__})") from None
+        if missing := set(keys) - checkpoint.keys():
+            raise ValueError(f"no {', '.join(sorted(missing))}")
     return checkpoint
 
 
@@ -762,9 +801,14 @@ def load_model(path, ema=True, device="cpu", amp_dtype=None):
     checkpoint = load_checkpoint(path)
     if not ema and "model" not in checkpoint:
         raise UserError(f"{path} holds only averaged weights: use --ema=True")
-    model = DDPM(DDPMConfig(**checkpoint["model_args"]))
-    model.load_state_dict(checkpoint["ema"]["shadow"] if ema else checkpoint["model"])
-    model.amp_dtype, step = amp_dtype, checkpoint["step"]
+    with reading(path):
+        model = DDPM(DDPMConfig(**checkpoint["model_args"]))
+        model.load_state_dict(checkpoint["ema"]["shadow"] if ema else checkpoint["model"])
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise ValueError("weights that are not finite")
+        if type(step := checkpoint["step"]) is not int:
+            raise ValueError(f"step {step!r}")
+    model.amp_dtype = amp_dtype
     description = f"{path}, step {step}, {'averaged' if ema else 'raw'} weights"
     info = dict(path=path, step=step, trained_on=checkpoint.get("trained_on", {}), description=description)
     return model.to(device).eval(), info

@@ -141,15 +141,17 @@ def nearest(X, Y):
     return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
 
 
-def share_nearer(near, far):
+def share_nearer(near, far, n):
     """(share, error) of the samples that are nearer to the first set than to the second, from `nearest` in each.
 
-    error: the standard deviation if the real images were split into the two sets at random. It is larger than a
-    binomial error, because a few real images are the nearest ones of many samples.
+    A tie counts half. n: images in each set. error: the standard deviation if the 2n images were dealt into the two
+    sets at random. It is larger than a binomial error, because a few of them are the nearest ones of many samples.
     """
-    first = near[0] < far[0]
-    closest = torch.where(first, near[1], far[1] + near[1].max() + 1)
-    return first.double().mean().item(), closest.bincount().double().square().sum().sqrt().item() / (2 * len(closest))
+    share = (near[0] < far[0]).double() + (near[0] == far[0]).double() / 2
+    closest = torch.where(near[0] < far[0], near[1], far[1] + n)
+    N, squares = len(closest), closest.bincount().double().square().sum().item()
+    variance = (squares - N**2 / (2 * n)) / (4 * N**2) * 2 * n / (2 * n - 1)
+    return share.mean().item(), variance**0.5
 
 
 def memorisation(images, X, train, test, n_train):
@@ -158,7 +160,7 @@ def memorisation(images, X, train, test, n_train):
     train, test: pairs of images and features; n_train: how many training images there are in all.
     """
     near, far, m = nearest(X, train[1]), nearest(X, test[1]), len(train[0])
-    share, error = share_nearer(near, far)
+    share, error = share_nearer(near, far, m)
     k = near[0].argsort()[:12].numpy()
     rows = [to_rgb(images[k]), to_rgb(train[0][near[1][k].numpy()]), to_rgb(test[0][far[1][k].numpy()])]
     path = os.path.join(out_dir, "evaluate_nearest.png")
@@ -322,4 +324,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(configure(globals(), dict(n="[0, inf)", seed="[0, inf)", batch_size="[1, inf)", resize="[32, inf)"))[0])
+    main(configure(globals())[0])

@@ -133,10 +133,7 @@ class Discriminator(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings, data, networks, state
-ranges = dict.fromkeys(("batch_size", "max_iters", "log_interval", "sample_interval", "ch", "z_dim"), "[1, inf)")
-ranges |= dict(lr="(0, inf)", beta1="[0, 1)", label_smoothing="[0, 0.5)", input_noise="[0, inf)", image_size="[0, inf)")
-ranges |= dict(val_fraction="[0, 1)", per_class="[0, inf)")
-config, given = configure(globals(), ranges)
+config, given = configure(globals(), dict(sample_interval="[1, inf)", per_class="[0, inf)", ch="[1, 4096]"))
 check_choice("init_from", init_from, ("scratch", "resume"))
 checkpoint_path, checkpoint = os.path.join(out_dir, "gan.pt"), None
 if init_from == "resume":

@@ -203,7 +203,7 @@ PLOTS = dict(schedules=plot_schedules, forward=plot_forward, loss=plot_loss, con
 if __name__ == "__main__":
     WHAT = next((arg for arg in sys.argv[1:] if not arg.startswith("-")), "")
     sys.argv = [arg for arg in sys.argv if arg != WHAT]
-    configure(globals(), dict(timesteps="[1, inf)", dpi="[1, inf)", image_size="[0, inf)"))
+    configure(globals())
     check_choice("plot.py WHAT", WHAT, PLOTS)
     try:
         figure = PLOTS[WHAT]()

@@ -39,7 +39,7 @@ device = "auto"  # cuda, mps, cpu
 dtype = "auto"  # float32, bfloat16, float16
 use_compile = "False"  # True is worth it on a GPU for many images
 # ---------------------------------------------------------------------------------------------------------------------
-ranges = dict(num_samples="[0, inf)", batch_size="[1, inf)", steps="[0, inf)")
+ranges = dict(num_samples="[0, inf)", steps="[0, inf)")  # 0: the defaults
 config, given = configure(globals(), ranges, w=float, guidance_scale=float)
 COMPARED = ("w", "guidance_scale", "sampler", "steps", "eta", "variance", "clip_x0", "ema", "seed")
 device, amp_dtype, use_compile = setup_device(device, dtype, use_compile)

@@ -549,7 +549,7 @@ def test_ddpm_image_sizes_and_batch_independence():
         DDPMConfig(**(TINY | dict(image_size=30, ch_mult=(1, 1, 1, 1))))
     for size in (28, 32):
         for arch in ddpm.ARCHS:
-            model = tiny(image_size=size, ch_mult=(1, 2), arch=arch).eval()
+            model = tiny(image_size=size, ch_mult=(1, 2), attn_resolutions=(size // 2,), arch=arch).eval()
             x, t, y = torch.randn(3, *model.shape), torch.tensor([0, 5, 19]), torch.tensor([0, 1, 2])
             out = model.network(x, t, y)
             assert out.shape == x.shape
@@ -577,7 +577,8 @@ def test_ddpm_embeddings_of_all_t_differ(T):
 
 
 def test_ddpm_patch_unconditional_and_depths():
-    for changes in (dict(patch=2), dict(num_classes=0), dict(ch_mult=(1,)), dict(num_res_blocks=2), dict(channels=1)):
+    flat = dict(ch_mult=(1,), attn_resolutions=(8,))
+    for changes in (dict(patch=2), dict(num_classes=0), flat, dict(num_res_blocks=2), dict(channels=1)):
         model = tiny(**changes)
         x0, y = random_batch(model)
         y = y if model.K else None
@@ -1003,9 +1004,53 @@ def test_ddpm_a_damaged_checkpoint_is_one_line(tmp_path):
     model, info = ddpm.load_model(path)
     assert info["step"] == 5 and info["path"] == path and info["description"] == f"{path}, step 5, averaged weights"
     assert not model.training and same(model.state_dict(), tiny().state_dict())
-    with open(path, "r+b") as f:
-        f.truncate(1000)
+    whole = open(path, "rb").read()
+    for where in range(0, len(whole), len(whole) // 100):  # one bit: an error, or the same weights
+        open(path, "wb").write(whole[:where] + bytes([whole[where] ^ 4]) + whole[where + 1 :])
+        try:
+            assert same(ddpm.load_model(path)[0].state_dict(), model.state_dict()), where
+        except UserError as e:
+            assert "ckpt.pt is damaged" in str(e) and "\n" not in str(e)
+    open(path, "wb").write(whole[:1000])
     with pytest.raises(UserError, match="ckpt.pt is damaged"):
+        ddpm.load_model(path)
+
+
+ARGS = vars(tiny().config)
+
+
+@pytest.mark.parametrize(
+    "change,said",
+    (
+        (dict(model_args={}), "damaged or not of this program"),
+        (dict(model_args=ARGS | {"colour": 1}), "unexpected keyword argument 'colour'"),
+        (dict(model_args=ARGS | {"ch": 16}), "size mismatch"),
+        (dict(model_args=ARGS | {"ch": "8"}), "ch: 8 must be"),
+        (dict(model_args=ARGS | {"ch": 8.5}), "ch: 8.5 must be a whole number"),
+        (dict(model_args=ARGS | {"num_res_blocks": 10**5}), "num_res_blocks: 100000 must be in [1, 64]"),
+        (dict(model_args=ARGS | {"image_size": 10**9}), "image_size: 1000000000 must be in [1, 4096]"),
+        (dict(model_args=ARGS | {"ch_mult": (1, 10**6)}), "ch_mult"),
+        (dict(model_args=ARGS | {"class_names": ("a",)}), "1 class_names for 3 classes"),
+        (dict(model_args=ARGS | {"class_names": (1, 2, 3)}), "class_names"),
+        (dict(model_args=None), "damaged or not of this program"),
+        (dict(ema=5), "damaged or not of this program"),
+        (dict(ema=dict(shadow={})), "Missing key"),
+        (
+            dict(ema=dict(shadow={k: v * math.nan for k, v in tiny().state_dict().items()})),
+            "weights that are not finite",
+        ),
+        (dict(step="five"), "step"),
+    ),
+)
+def test_ddpm_foreign_checkpoints_are_one_line(change, said, tmp_path):
+    path = str(tmp_path / "ckpt.pt")
+    content = dict(model_args=ARGS, ema=EMA(tiny()).state_dict(), step=5) | change
+    torch.save(content, path)
+    with pytest.raises(UserError, match=re.escape(said)) as e:
+        ddpm.load_model(path)
+    assert "\n" not in str(e.value)
+    torch.save([content], path)
+    with pytest.raises(UserError, match="damaged or not of this program"):
         ddpm.load_model(path)
 
 
@@ -1051,7 +1096,7 @@ def test_data_shards_round_trip_and_their_faults(tmp_path):
     with pytest.raises(UserError, match="at most 256 classes"):
         data.write_shards(odd, images, labels + 300, [])
     np.save(f"{folder}/labels_00001.npy", np.full(10, 7, dtype=np.uint8))
-    with pytest.raises(UserError, match="label 7"):
+    with pytest.raises(UserError, match="labels run from 0 to 7"):
         data.load(folder)
     os.remove(f"{folder}/labels_00001.npy")
     with pytest.raises(UserError, match="3 files of images, but 2"):
@@ -1132,6 +1177,180 @@ def test_data_folder_of_images_with_and_without_classes(tmp_path):
     (tmp_path / "p" / "x" / "bad.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="bad.png is not a readable image"):
         data.load(str(tmp_path / "p"), data_dir=str(tmp_path / "kept"), image_size=16)
+
+
+def save_image(path, array=None, **how):
+    """Saves a PIL image, by default 8x8 noise that depends on the file's name."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.random.default_rng(list(path.name.encode())).integers(0, 256, (8, 8, 3)) if array is None else array
+    image = array if isinstance(array, Image.Image) else Image.fromarray(array.astype(np.uint8))
+    image.save(path, **how)
+
+
+def test_data_images_are_decoded_as_a_viewer_shows_them(tmp_path):
+    from PIL import Image
+
+    corner = np.zeros((8, 8, 3))
+    corner[:4, :4] = 255  # the upper left quarter
+    upright = {1: (0, 0), 2: (0, 4), 3: (4, 4), 4: (4, 0), 5: (0, 0), 6: (0, 4), 7: (4, 4), 8: (4, 0)}
+    for orientation, (y, x) in upright.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        wanted = np.zeros((8, 8, 3))
+        wanted[y : y + 4, x : x + 4] = 255
+        for suffix, how in ((".jpg", dict(quality=100, subsampling=0)), (".png", {}), (".webp", dict(lossless=True))):
+            path = tmp_path / f"exif{orientation}{suffix}"
+            save_image(path, corner, exif=exif, **how)
+            with Image.open(path) as image:
+                assert np.abs(data.decode_image(image, 8) - wanted).max() <= 8, path
+    red = np.zeros((8, 8, 4))
+    red[..., 0] = 255
+    half = red.copy()
+    half[..., 3] = 127
+    palette = Image.new("P", (8, 8))  # colour 0 is transparent
+    palette.putpalette([255, 0, 0] * 256)
+    grey = Image.fromarray(np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16))
+    steps = np.linspace(0, 255, 64).reshape(8, 8, 1).repeat(3, 2)
+    wanted = (
+        ("alpha.png", red, {}, 255),
+        ("half.png", half, {}, np.array([255, 128, 128])),
+        ("grey_alpha.png", Image.new("LA", (8, 8), (0, 0)), {}, 255),
+        ("palette.png", palette, dict(transparency=0), 255),
+        ("palette.gif", palette, dict(transparency=0), 255),
+        ("key.png", Image.new("RGB", (8, 8), "red"), dict(transparency=(255, 0, 0)), 255),
+        ("grey_key.png", Image.new("L", (8, 8), 7), dict(transparency=7), 255),
+        ("grey16.png", grey, {}, steps),
+        ("grey16.tif", grey, {}, steps),
+        ("cmyk.jpg", Image.new("CMYK", (8, 8), (0, 0, 0, 0)), {}, 255),
+        ("bits.png", Image.new("1", (8, 8), 1), {}, 255),
+    )
+    for name, array, how, values in wanted:
+        save_image(tmp_path / name, array, **how)
+        with Image.open(tmp_path / name) as image:
+            assert np.abs(data.decode_image(image, 8).astype(int) - values).max() <= 1, name
+
+
+def test_data_folder_uses_or_names_every_file(tmp_path, capfd):
+    """Sub-folders of a class belong to it; `train` may be a class; hidden names and links back are nothing."""
+    root = tmp_path / "p"
+    used = ["train/a.png", "bus/b.tif", "bus/more/c.jfif", "bus/more/d.PPM", "car/e.jpg", "car/f.png.gif"]
+    for name in used:
+        format = "JPEG" if name.endswith("jfif") else None
+        save_image(root / name, format=format)
+    for name in (".ipynb_checkpoints/g.png", "car/._e.png", "car/.hidden/h.png", "i.png"):
+        save_image(root / name)
+    (root / "none").mkdir()
+    (root / "car" / "notes.txt").write_text("x")
+    (root / "bus" / "raw.heic").write_text("x")
+    (root / "dangling.txt").symlink_to("nowhere")
+    (root / "car" / "back").symlink_to("..")
+    (root / "back").symlink_to("../..")
+    images, labels, names = data.load(str(root), "train", str(tmp_path / "kept"), 8)
+    assert names == ["bus", "car", "train"] and np.bincount(labels).tolist() == [3, 2, 1]
+    said = capfd.readouterr().err
+    wanted = "1 *.heic, 2 *.txt, 1 images beside the classes, back/ without images, none/ without images"
+    assert f"{root}: not used: {wanted}\n" in said
+    for name in ("Train/x/0.png", "Train/y/1.png", "val/x/2.png", "3.png"):
+        save_image(tmp_path / "q" / name)
+    images, labels, names = data.load(str(tmp_path / "q"), "train", str(tmp_path / "kept"), 8)
+    assert names == ["x", "y"] and len(images) == 2 and "not used: 3.png, val" in capfd.readouterr().err
+    assert data.load(str(tmp_path / "q"), "test", str(tmp_path / "kept"), 8)[0] is None
+
+
+def test_data_unreadable_images_are_named_in_one_line(tmp_path):
+    from PIL import Image, PngImagePlugin
+
+    text = PngImagePlugin.PngInfo()
+    text.add_text("a", "x" * 3_000_000, zip=True)
+    huge = Image.new("L", (1, 1))
+    bad = {
+        "dangling.png": lambda p: p.symlink_to("nowhere"),
+        "fifo.png": lambda p: os.mkfifo(p),
+        "text.png": lambda p: save_image(p, pnginfo=text),
+        "float.tif": lambda p: Image.new("F", (8, 8)).save(p),
+        "cut.jpg": lambda p: (save_image(p, np.zeros((64, 64, 3))), p.write_bytes(p.read_bytes()[:300])),
+        "empty.gif": lambda p: p.write_bytes(b""),
+        "huge.gif": lambda p: (huge.save(p), p.write_bytes(p.read_bytes()[:6] + b"\xff\xff" * 2 + p.read_bytes()[10:])),
+    }
+    for k, (name, make) in enumerate(bad.items()):
+        save_image(tmp_path / str(k) / "0.png")
+        make(tmp_path / str(k) / name)
+        with pytest.raises(UserError, match=f"{name} is not a readable image") as e:
+            data.load(str(tmp_path / str(k)), "train", str(tmp_path / "kept"), 8)
+        assert "\n" not in str(e.value)
+
+
+def test_data_folder_that_changes_is_decoded_again(tmp_path, monkeypatch):
+    path, load = tmp_path / "p" / "0.bmp", lambda: data.load(str(tmp_path / "p"), "train", str(tmp_path / "kept"), 8)[0]
+    save_image(path, np.zeros((8, 8, 3)))
+    before, stat = load().copy(), path.stat()
+    save_image(path, np.full((8, 8, 3), 9))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the same name, size and time
+    assert (load() != before).all()
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+    monkeypatch.setattr(data, "DECODING", 10**6)
+    load()
+    assert len(list((tmp_path / "kept").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    "files,said",
+    (
+        (dict(labels=np.array([0, np.nan])), "float64 .2,., expected a whole number for each of 2 images"),
+        (dict(labels=np.array([0, 0.5])), "expected a whole number"),
+        (dict(labels=np.array(["a", "b"])), "expected a whole number"),
+        (dict(labels=np.array([[0], [1]])), "expected a whole number"),
+        (dict(labels=np.array([-1, 1])), "labels run from -1 to 1"),
+        (dict(labels=np.array([0, 2]), classes=["a", "b"]), "labels run from 0 to 2, but there are 2 classes"),
+        (dict(classes={"0": "a"}), "classes.json holds a dict, expected a list"),
+        (dict(classes=[0, 1]), "classes.json: expected a list of names that differ"),
+        (dict(classes=["a", "a"]), "classes.json: expected a list of names that differ"),
+        (dict(images=np.zeros((0, 8, 8, 3), np.uint8), labels=None), "no images in"),
+        (dict(images=np.zeros((2, 8, 8, 4), np.uint8)), "uint8 .2, 8, 8, 4., expected uint8 .N, H, W, 1 or 3."),
+        (dict(images=np.zeros((2, 8, 8, 3))), "float64 .2, 8, 8, 3., expected uint8"),
+        (dict(images=np.array([None, {}])), "images_00000.npy is damaged or not an .npy file"),
+    ),
+)
+def test_data_shards_that_are_refused(files, said, tmp_path):
+    files = dict(images=np.zeros((2, 8, 8, 3), np.uint8), labels=np.array([0, 1])) | files
+    for kind in ("images", "labels"):
+        if files[kind] is not None:
+            np.save(tmp_path / f"{kind}_00000.npy", files[kind])
+    if "classes" in files:
+        (tmp_path / "classes.json").write_text(json.dumps(files["classes"]))
+    with pytest.raises(UserError, match=said) as e:
+        data.load(str(tmp_path))
+    assert "\n" not in str(e.value)
+
+
+def test_data_shards_in_other_layouts(tmp_path, capfd):
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    np.save(tmp_path / "images_00000.npy", np.asfortranarray(images))
+    np.save(tmp_path / "labels_00000.npy", np.array([1, 2, 1, 2], dtype=np.int32))
+    (got, labels), _, names = data.load_splits(str(tmp_path))
+    assert np.array_equal(got, images) and got.flags.c_contiguous and labels.dtype == np.int64
+    assert names == ["0", "1", "2"] and "no training images of 0" in capfd.readouterr().err
+    with open(tmp_path / "images_00000.npy", "ab") as f:
+        f.write(b"more")
+    with pytest.raises(UserError, match="its size does not fit its header"):
+        data.load(str(tmp_path))
+
+
+def test_data_every_bit_of_a_header(tmp_path):
+    """Each of the 1,024, flipped: an error of one line, or the same values."""
+    path, images = tmp_path / "images_00000.npy", np.zeros((2, 8, 8, 3), np.uint8)
+    np.save(path, images)
+    whole = path.read_bytes()
+    for bit in range(1024):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        try:
+            assert np.array_equal(data.read_shards(str(tmp_path))[0], images), bit
+        except UserError as e:
+            assert "\n" not in str(e), bit
 
 
 def test_data_cifar10_download_is_checked_and_then_not_needed(tmp_path, monkeypatch):
@@ -1279,6 +1498,47 @@ def test_configurator_checks_settings(shards, trained, tmp_path, capfd):
     assert saved["config"]["lr"] == 1.0 and type(saved["config"]["max_iters"]) is int
 
 
+def test_configurator_paths_and_config_files_as_people_write_them(shards, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = tmp_path / "c.py"
+    config.write_bytes(b"\xef\xbb\xbfmax_iters = 1\n")  # a byte order mark, as Windows editors write
+    status, text = cli(capfd, "train.py", *tiny_flags(shards, "~/runs/a"), "~/c.py")
+    assert status == 0 and (tmp_path / "runs" / "a" / "ckpt.pt").exists() and not os.path.exists("~"), text
+    config.write_text("out_dir = '~/runs/a'\n")
+    assert cli(capfd, "sample.py", str(config), "--device=cpu", "--num_samples=1")[0] == 0
+    for text in ("exit()", "raise SystemExit(0)", "import sys; sys.exit()"):
+        config.write_text(text)
+        assert "c.py: SystemExit" in one_line(cli(capfd, "train.py", str(config)))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_configurator_every_number_has_a_range(script, capfd, monkeypatch):
+    """In the table of all scripts, in the script's own, or in DDPMConfig; and nan is in none."""
+    seen, configure = {}, configurator.configure
+
+    def record(namespace, ranges=(), **optional):
+        seen.update(config=configure(namespace, ranges, **optional)[0], ranges=configurator.RANGES | dict(ranges))
+        raise SystemExit(0)
+
+    monkeypatch.setattr(configurator, "configure", record)
+    cli(capfd, script, *(["mistuned"] if script == "ablate.py" else []))
+    numbers = {k for k, v in seen["config"].items() if type(v) in (int, float)} - vars(DDPMConfig()).keys()
+    assert numbers <= seen["ranges"].keys()
+    for key, interval in seen["ranges"].items():
+        with pytest.raises(UserError, match="must be in"):
+            ddpm.check_range(key, math.nan, interval)
+
+
+@pytest.mark.parametrize("script", ("train.py", "sample.py", "augment.py", "classifier.py", "evaluate.py", "gan.py"))
+def test_configurator_out_dir_is_checked_before_the_work(script, tmp_path, capfd, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    for path in ("file", "file/x"):
+        assert one_line(cli(capfd, script, f"--out_dir={tmp_path}/{path}")).endswith("file is not a folder")
+    assert "out_dir is empty" in one_line(cli(capfd, script, "--out_dir="))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert one_line(cli(capfd, script, f"--out_dir={tmp_path}/new")).endswith(f"out_dir: {tmp_path} is read-only")
+
+
 def test_configurator_a_real_command_line_works_from_any_folder(tmp_path):
     run = lambda *args: subprocess.run(  # noqa: E731
         [sys.executable, f"{HERE}/train.py", *args], cwd=tmp_path, capture_output=True, text=True
@@ -1316,7 +1576,7 @@ def test_train_a_resumed_run_equals_an_uninterrupted_one(shards, tmp_path, capfd
     assert cli(capfd, "train.py", *tiny_flags(shards, whole, grad_accum=2))[0] == 0
     assert cli(capfd, "train.py", *tiny_flags(shards, parts, grad_accum=2, max_iters=4))[0] == 0
     status, text = cli(capfd, "train.py", f"--out_dir={parts}", "--init_from=resume", "--max_iters=6")
-    assert status == 0 and "max_iters changes from 4 to 6" in text
+    assert status == 0 and "max_iters changes from the checkpoint's 4 to 6" in text
     a, b = (ddpm.load_checkpoint(f"{d}/ckpt.pt") for d in (whole, parts))
     for key in ("model", "ema", "optimizer", "scaler", "step"):
         assert same(a[key], b[key]), key
@@ -1441,7 +1701,18 @@ def test_train_warns_of_classes_only_in_the_validation_split(tmp_path, capfd):
     (
         ("--init_from=resume", "no checkpoint"),
         ("--init_from=resume", "python train.py"),
-        ("--init_from=gpt2", "not one of scratch, resume"),
+        ("--init_from=gpt2", "init_from: 'gpt2' is not scratch, resume or a checkpoint"),
+        ("--init_from=PRETRAINED --ch=16", "ch: checkpoint 64, flag 16: it cannot change"),
+        ("--attn_resolutions=5", "attn_resolutions: (5,), but the levels are 8, 4 wide"),
+        ("--seed=-1", "seed: -1 must be in"),
+        ("--seed=100000000000000000000", "seed: 100000000000000000000 must be in"),
+        (f"--lr=1{'0' * 400}", "is not of type float"),
+        (f"--lr={'-' * 5000}1", "is not of type float"),
+        (f"--ch_mult={'(' * 5000}", "is not of type tuple"),
+        ("--num_res_blocks=100000", "num_res_blocks: 100000 must be in [1, 64]"),
+        ("--schedule=linear --timesteps=20000 --beta_end=0.9", "alpha_bar falls to zero"),
+        ("--out_dir=", "out_dir is empty"),
+        ("--data_dir=FILE", "file is not a folder"),
         ("--grad_accum=3", "not divisible by 1 processes x grad_accum 3"),
         ("--schedule=bad", "schedule: 'bad' is not one of linear"),
         ("--beta_end=1.5", "beta_end: 1.5 must be in [0, 1)"),
@@ -1465,8 +1736,93 @@ def test_train_warns_of_classes_only_in_the_validation_split(tmp_path, capfd):
     ),
 )
 def test_train_user_errors(flags, said, shards, trained, tmp_path, capfd):
-    base = [] if "TRAINED" in flags else tiny_flags(shards, str(tmp_path / "out"))
-    assert said in one_line(cli(capfd, "train.py", *base, *flags.replace("TRAINED", trained).split()))
+    base = [] if "TRAINED" in flags or "PRETRAINED" in flags else tiny_flags(shards, str(tmp_path / "out"))
+    (tmp_path / "file").write_text("x")
+    where = dict(PRETRAINED=f"{HERE}/weights/cifar_small.pt", TRAINED=trained, FILE=f"{tmp_path}/file")
+    for name, path in where.items():
+        flags = flags.replace(name, path)
+    assert said in one_line(cli(capfd, "train.py", *base, *flags.split()))
+
+
+def test_train_fine_tunes_a_model_on_other_classes(shards, trained, tmp_path, capfd):
+    """From its averaged weights; the network is the checkpoint's, and other classes get new embeddings."""
+    start = ddpm.load_checkpoint(f"{trained}/ckpt.pt")["ema"]["shadow"]
+    few = dict(max_iters=1, lr=1e-12, min_lr=1e-12, init_from=f"{trained}/ckpt.pt", dropout=0.0)
+    del_keys = ("--ch=", "--ch_mult=", "--num_res_blocks=", "--attn", "--timesteps=", "--beta_end=")
+    for classes, kept in (("", True), ("bird,airplane", False)):
+        flags = tiny_flags(shards, f"{tmp_path}/{kept}", **few, classes=classes)
+        status, text = cli(capfd, "train.py", *[f for f in flags if not f.startswith(del_keys)])
+        assert status == 0 and "dropout changes from the checkpoint's 0.1 to 0.0" in text, text
+        got = ddpm.load_checkpoint(f"{tmp_path}/{kept}/ckpt.pt")
+        assert got["model_args"]["ch"] == 8 and got["step"] == 1
+        for key, value in got["model"].items():
+            if kept or "condition.label" not in key:
+                assert torch.allclose(value, start[key], atol=1e-6), key
+    assert got["model"]["net.condition.label.weight"].shape == (3, 32)
+    flags = [f for f in flags if not f.startswith(del_keys)]
+    assert "image_size: checkpoint 8, flag 16: it cannot" in one_line(cli(capfd, "train.py", *flags, "--image_size=16"))
+    data.write_shards(f"{tmp_path}/gray", np.zeros((40, 8, 8, 1), np.uint8), None, [])
+    line = one_line(cli(capfd, "train.py", *flags, f"--dataset={tmp_path}/gray", "--classes="))
+    assert "damaged or not of this program" in line and "size mismatch" in line
+
+
+@pytest.mark.slow
+def test_train_a_full_disk_is_one_line_and_the_last_checkpoint_stays(shards, tmp_path):
+    """The limit on the size of a file stands for the disk."""
+    import resource
+
+    flags, out = tiny_flags(shards, str(tmp_path / "out"), max_iters=2), tmp_path / "out"
+    command = [sys.executable, f"{HERE}/train.py", *flags]
+    subprocess.run(command, check=True, capture_output=True)
+    before = (out / "ckpt.pt").read_bytes()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999))  # noqa: E731
+    resume = [*command[:2], f"--out_dir={out}", "--init_from=resume"]
+    done = subprocess.run([*resume, "--max_iters=4"], preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert f"cannot write {out}/ckpt.pt: File too large; what it held is unchanged" in done.stderr
+    assert (out / "ckpt.pt").read_bytes() == before and not list(out.glob("*.tmp"))
+    assert subprocess.run([*resume, "--max_iters=4"]).returncode == 0
+
+
+@pytest.mark.slow
+def test_train_output_that_nobody_reads_ends_nothing(shards, tmp_path):
+    for name, command in (("pipe", "| head -1"), ("closed", ">&-"), ("full", "> /dev/full")):
+        line = [sys.executable, f"{HERE}/train.py", *tiny_flags(shards, str(tmp_path / name))]
+        done = subprocess.run(f"set -o pipefail; {' '.join(line)} {command}", shell=True, executable="/bin/bash",
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0 and "Error" not in done.stderr, done.stderr
+        assert ddpm.load_checkpoint(tmp_path / name / "ckpt.pt")["step"] == 6
+
+
+def test_train_and_augment_lock_their_folders(shards, trained, tmp_path, capfd):
+    import fcntl
+
+    for script, flags in (
+        ("train.py", tiny_flags(shards, str(tmp_path))),
+        ("augment.py", augment_flags(trained, str(tmp_path))),
+    ):
+        configurator.locked.clear()
+        lock = os.open(tmp_path, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "is in use by another process" in one_line(cli(capfd, script, *flags))
+        os.close(lock)
+        assert cli(capfd, script, *flags)[0] == 0
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+
+
+@pytest.mark.slow
+def test_train_torchrun_says_what_is_wrong(shards, trained, tmp_path):
+    """A user's error, processes that differ, a script that is not distributed: one line each, of every process."""
+    flags = tiny_flags(shards, str(tmp_path / "out"))
+    status, text = torchrun(2, "train.py", *flags, "--val_fraction=0.001")
+    assert status == 1 and "train.py: val_fraction=0.001 of 60 images leaves none" in text, text
+    config = tmp_path / "differ.py"
+    config.write_text("import os\nlr = 1e-3 * (1 + int(os.environ['RANK']))\n")
+    status, text = torchrun(2, "train.py", *[f for f in flags if "lr=" not in f], str(config))
+    assert status == 1 and "train.py: the processes differ in lr" in text, text
+    status, text = torchrun(2, "sample.py", f"--out_dir={trained}", "--device=cpu")
+    assert status == 1 and "start it with `python sample.py`" in text and not os.path.exists(f"{trained}/sample.png")
 
 
 @pytest.mark.slow
@@ -2065,7 +2421,7 @@ def test_classifier_table_of_amounts(shards, synthetic, tmp_path, capfd):
         ("--optimizer=lion", "optimizer: 'lion' is not one of sgd, adamw"),
         ("--dtype=float16", "dtype: 'float16' is not one of"),
         ("--seeds=0", "seeds: 0 must be in [1, inf)"),
-        ("--seed=-1", "seed: -1 must be in [0, inf)"),
+        ("--seed=-1", "seed: -1 must be in [0, 4294967296)"),
         ("--val_fraction=0.0", "val_fraction: 0.0 must be in (0, 1)"),
         ("--val_fraction=0.01", "leaves none"),
         ("--hidden=0.5", "hidden: 0.5 must be a whole number"),
@@ -2174,12 +2530,16 @@ def test_evaluate_error_of_the_memorised_share_accounts_for_hubs():
     X = (pool[:8].repeat(50, axis=0) + 0.1 * rng.normal(size=(400, 6))).astype(np.float32)
     for _ in range(200):
         a, b = np.array_split(pool[rng.permutation(100)], 2)
-        share, error = evaluate.share_nearer(evaluate.nearest(X, a), evaluate.nearest(X, b))
+        share, error = evaluate.share_nearer(evaluate.nearest(X, a), evaluate.nearest(X, b), 50)
         shares.append(share)
         errors.append(error)
     assert np.std(shares) == pytest.approx(np.mean(errors), rel=0.2)
     assert abs(np.mean(shares) - 0.5) < 4 * np.mean(errors) / 200**0.5
     assert np.mean(errors) > 5 * 0.5 / 400**0.5  # than that of coin tosses
+    every = evaluate.share_nearer(evaluate.nearest(pool, a), evaluate.nearest(pool, b), 50)
+    assert every == pytest.approx((0.5, 0))  # one copy of each: always half of them
+    tie = evaluate.nearest(pool[:1], pool)
+    assert evaluate.share_nearer(tie, tie, 100)[0] == 0.5
 
 
 def test_evaluate_features_are_cached_by_content(tmp_path):

@@ -3,6 +3,7 @@
 python train.py config/cifar_linear.py                              one process: GPU, or CPU if there is none
 torchrun --nproc_per_node=gpu train.py config/cifar_linear.py       all GPUs of this machine
 python train.py config/cifar_linear.py --init_from=resume           continue after a stop (Ctrl-C saves first)
+python train.py config/folder.py --init_from=weights/cifar_small.pt fine-tune a model on other images or classes
 python train.py config/shapes.py                                    a laptop: minutes, no download
 """
 
@@ -23,7 +24,10 @@ from configurator import (
     configure,
     dtype_name,
     duration,
+    join_process_group,
     leave_process_group,
+    lock_folder,
+    process_rank,
     resolve_guidance,
     setup_device,
 )
@@ -34,12 +38,12 @@ from ddpm import (
     DDPMConfig,
     UserError,
     atomic_write,
-    check_choice,
     evaluating,
     learning_rate,
     load_checkpoint,
     make_generator,
     make_optimizer,
+    reading,
     seed_of,
     to_float,
     to_uint8,
@@ -48,7 +52,7 @@ from ddpm import (
 # ---------------------------------------------------------------------------------------------------------------------
 # the run
 out_dir = "out"  # checkpoint, log.json and class grids go here
-init_from = "scratch"  # or resume: continue from out_dir's checkpoint, with its settings unless given
+init_from = "scratch"  # resume: continue from out_dir's checkpoint, with its settings; a path: fine-tune that model
 seed = 0  # of weights, batches, t, noise and dropout
 device = "auto"  # cuda, mps, cpu
 dtype = "auto"  # float32, bfloat16, float16
@@ -95,14 +99,10 @@ eval_images = 5000  # of the validation split, at most
 log_interval = 100
 sample_interval = 10_000  # steps between class grids; 0: none
 # ---------------------------------------------------------------------------------------------------------------------
-ranges = dict.fromkeys(("batch_size", "grad_accum", "max_iters", "log_interval", "eval_interval"), "[1, inf)")
-ranges |= dict.fromkeys(("epochs", "grad_clip", "sample_interval", "weight_decay", "warmup_iters"), "[0, inf)")
-ranges |= dict(image_size="[0, inf)", eval_images="[1, inf)", lr="(0, inf)", min_lr="[0, inf)", ema_decay="[0, 1)")
-ranges |= dict(val_fraction="[0, 1)", crop="(0, 1]")  # the model's settings: see DDPMConfig
-config, given = configure(globals(), ranges)
+config, given = configure(globals())
 
 # 1. Processes: torchrun starts one per GPU and tells each its rank.
-rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+rank, world = process_rank()
 
 
 def log(*words):
@@ -112,23 +112,30 @@ def log(*words):
 
 # 2. Resume: settings come from the checkpoint unless they were given, and what defines the model cannot change.
 # Settings are the globals above; config is the copy of them that is saved.
-check_choice("init_from", init_from, ("scratch", "resume"))
-checkpoint_path, checkpoint = os.path.join(out_dir, "ckpt.pt"), None
+checkpoint_path, checkpoint, pretrained = os.path.join(out_dir, "ckpt.pt"), None, None
+fixed = {f.name for f in fields(DDPMConfig)}
 if init_from == "resume":
     checkpoint = load_checkpoint(checkpoint_path)
     if "optimizer" not in checkpoint:
-        raise UserError(f"{checkpoint_path} holds only averaged weights: it cannot be resumed")
-    fixed = {f.name for f in fields(DDPMConfig)} | {"conditional", "dataset", "classes"}
-    apply_saved(checkpoint["config"], config, given, globals(), fixed, log)
+        raise UserError(f"{checkpoint_path} holds only averaged weights: use --init_from={checkpoint_path}")
+    apply_saved(checkpoint["config"], config, given, globals(), fixed | {"conditional", "dataset", "classes"}, log)
+elif init_from != "scratch":
+    if not os.path.exists(init_from):
+        raise UserError(f"init_from: {init_from!r} is not scratch, resume or a checkpoint")
+    pretrained = load_checkpoint(init_from)
+    fixed -= {"dropout", "p_uncond", "loss", "weighting"}
+    apply_saved(pretrained["model_args"], config, given, globals(), fixed, log)
 if batch_size % (world * grad_accum):
     raise UserError(f"batch_size: {batch_size} is not divisible by {world} processes x grad_accum {grad_accum}")
 device, amp_dtype, use_compile = setup_device(device, dtype, use_compile)
+if rank == 0:
+    lock_folder(out_dir)
 
 # 3. Data: rank 0 downloads or decodes what is missing, then one process on each other host, then the rest.
 if world > 1:
     nccl = "cuda" in device and dist.is_nccl_available()  # not on Windows
     gpu, hours = torch.device(device) if nccl else None, datetime.timedelta(hours=2)
-    dist.init_process_group("nccl" if nccl else "gloo", timeout=hours, device_id=gpu)
+    join_process_group("nccl" if nccl else "gloo", timeout=hours, device_id=gpu)
 for turn in range(3):
     if turn == (0 if rank == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2):
         (images, labels), (test_images, test_labels), names = load_splits(dataset, data_dir, image_size, classes)
@@ -147,6 +154,10 @@ if checkpoint and checkpoint.get("trained_on", trained_on) != trained_on:
     raise UserError("resume: these are not the checkpoint's validation images: val_fraction or the data has changed")
 train_labels = None if labels is None else labels[:n_train]
 batches = Batches(images[:n_train], train_labels, batch_size, seed, hflip, crop, 0, device)
+if world > 1:
+    dist.all_gather_object(all_settings := [None] * world, config | trained_on | {"images": len(images)})
+    if differing := [key for key, value in all_settings[0].items() if any(s[key] != value for s in all_settings)]:
+        raise UserError(f"the processes differ in {', '.join(differing)}")
 if epochs > 0:
     max_iters = config["max_iters"] = math.ceil(epochs * n_train / batch_size)
     config["epochs"] = 0.0  # so that a resumed run may change max_iters
@@ -157,6 +168,13 @@ model_args = {f.name: config[f.name] for f in fields(DDPMConfig) if f.name in co
 model_args |= dict(image_size=images.shape[1], channels=images.shape[3], class_names=names)
 model = DDPM(DDPMConfig(**model_args, num_classes=0 if labels is None else len(names))).to(device)
 model.amp_dtype = amp_dtype
+if pretrained:  # other classes get new embeddings
+    with reading(init_from):
+        state, same_classes = pretrained["ema"]["shadow"], list(pretrained["model_args"]["class_names"]) == names
+        state = {k: v for k, v in state.items() if same_classes or "condition.label" not in k}
+        keys = model.load_state_dict(state, strict=False)
+        if wrong := [k for k in (*keys.missing_keys, *keys.unexpected_keys) if "condition.label" not in k]:
+            raise ValueError(f"weights {wrong[0]}")
 
 # 5. Optimiser, loss scaler for float16, averaged weights.
 optimizer = make_optimizer(model, lr, weight_decay)
@@ -168,13 +186,16 @@ step, train_sums = 0, torch.zeros(4, 2, device=device)  # sum and count of the l
 keys = ("step", "epochs", "train_loss", "val_loss", "train_quarters", "val_quarters")
 history = {key: [] for key in (*keys, "log_step", "log_loss", "lr", "grad_norm")}
 if checkpoint:
-    step, history, train_sums = checkpoint["step"], checkpoint["history"], checkpoint["sums"].to(device)
-    model.load_state_dict(checkpoint["model"])
-    ema.load_state_dict(checkpoint["ema"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    optimizer.param_groups[0]["weight_decay"] = weight_decay
-    if checkpoint["scaler"]:
-        scaler.load_state_dict(checkpoint["scaler"])
+    with reading(checkpoint_path):
+        step, history, train_sums = checkpoint["step"], checkpoint["history"], checkpoint["sums"].to(device)
+        model.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        optimizer.param_groups[0]["weight_decay"] = weight_decay
+        if any(v.shape not in (p.shape, ()) for p, state in optimizer.state.items() for v in state.values()):
+            raise ValueError("optimizer state of another shape")
+        if checkpoint["scaler"]:
+            scaler.load_state_dict(checkpoint["scaler"])
     del checkpoint
 history["test_loss"] = None
 if use_compile:
@@ -264,8 +285,6 @@ def save():
 signals = catch_signals()
 
 # 9. The loop.
-if rank == 0:
-    os.makedirs(out_dir, exist_ok=True)
 rows = slice(rank * batch_size // world, (rank + 1) * batch_size // world)  # of the batch, for this process
 micro = batch_size // world // grad_accum
 log_sums = torch.zeros(4, 2, device=device)  # as train_sums, since the last log line, where they are added to them
