@@ -568,6 +568,27 @@ def test_ddpm_any_width_has_groups_that_divide_it():
     assert model(x0, y).isfinite().all()
 
 
+def test_ddpm_attention_in_two_heads():
+    """Head h attends with channels 64 h to 64 h + 63 of q, k and v."""
+    torch.manual_seed(0)
+    layer, x = ddpm.Attention(128), torch.randn(2, 128, 3, 3)
+    nn.init.normal_(layer.proj.weight, std=0.1)
+    q, k, v = layer.qkv(layer.norm(x)).flatten(2).chunk(3, dim=1)  # (B, C, HW) each
+    heads = []
+    for c in (slice(0, 64), slice(64, 128)):
+        attention = torch.einsum("bci,bcj->bij", q[:, c], k[:, c]).div(8).softmax(dim=-1)
+        heads.append(torch.einsum("bij,bcj->bci", attention, v[:, c]))
+    wanted = x + layer.proj(torch.cat(heads, dim=1).view_as(x))
+    assert torch.allclose(layer(x), wanted, atol=1e-5)
+
+
+def test_ddpm_embedding_has_the_frequencies_of_the_transformer():
+    """From 1 down to 1/10,000, in a geometric series (Vaswani et al. 2017)."""
+    t = torch.tensor([1.0])
+    freqs = torch.tensor([10000 ** (-i / 15) for i in range(16)])
+    assert torch.allclose(ddpm.sinusoidal_embedding(t, 32)[0], torch.cat([freqs.cos(), freqs.sin()]), atol=1e-6)
+
+
 @pytest.mark.parametrize("T", (500, 1000))
 def test_ddpm_embeddings_of_all_t_differ(T):
     distance = torch.cdist(
@@ -863,6 +884,66 @@ def test_ddpm_ddim_with_eta_1_is_ddpm(double):
     assert torch.allclose(model.sample(y, sampler="ddim", eta=1.0), model.sample(y), atol=1e-9)
 
 
+@pytest.mark.parametrize("steps", (7, 20))
+@pytest.mark.parametrize("how", (*[dict(sampler=s, eta=e) for s, e in SAMPLERS], dict(sampler="ddpm", variance="beta")))
+def test_ddpm_every_sampler_step_by_step(how, steps, double):
+    """From the formulas of the papers, in NumPy, also where steps are skipped: the same noise, the same chain."""
+    model, chain = tiny(), []
+    y = torch.tensor([0, 1])
+    model.sample(y, w=0.7, seed=3, steps=steps, **how, on_step=lambda i, xt, x0: chain.append((xt.numpy(), x0.numpy())))
+    generators = [make_generator(3, k) for k in range(2)]
+    noise = lambda: ddpm.image_noise(generators, model.shape).numpy()  # noqa: E731
+    xt, ts, abar = noise(), model.sampler_timesteps(steps), np.cumprod(1 - model.betas.numpy())
+    lam = lambda a: 0.5 * np.log(a / (1 - a))  # noqa: E731  [6]: the half log-SNR
+    for i, t in enumerate(ts):
+        x0, a = chain[i][1], abar[t]
+        b = abar[ts[i + 1]] if i + 1 < len(ts) else 1.0
+        eps = (xt - a**0.5 * x0) / (1 - a) ** 0.5
+        beta, posterior = 1 - a / b, (1 - b) / (1 - a) * (1 - a / b)  # of the skipped steps taken together
+        if b == 1.0:
+            xt = x0
+        elif how["sampler"] == "ddpm":  # [1] eq. 6 and 7
+            mean = b**0.5 * beta / (1 - a) * x0 + (a / b) ** 0.5 * (1 - b) / (1 - a) * xt
+            xt = mean + (beta if "variance" in how else posterior) ** 0.5 * noise()
+        elif how["sampler"] == "ddim":  # [4] eq. 12 and 16
+            sigma = how["eta"] * ((1 - b) / (1 - a)) ** 0.5 * (1 - a / b) ** 0.5
+            xt = b**0.5 * x0 + (1 - b - sigma**2) ** 0.5 * eps + (sigma * noise() if sigma else 0)
+        else:  # [6] algorithm 2
+            h, D = lam(b) - lam(a), x0
+            if i:
+                r = (lam(a) - lam(abar[ts[i - 1]])) / h
+                D = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * chain[i - 1][1]
+            xt = (1 - b) ** 0.5 / (1 - a) ** 0.5 * xt - b**0.5 * (np.exp(-h) - 1) * D
+        np.testing.assert_allclose(chain[i][0], xt, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler,order", (("ddim", 1), ("dpm++", 2)))
+def test_ddpm_samplers_converge_at_their_order(sampler, order, double):
+    """On a mixture of two Gaussians, whose best x0_hat is known: twice the steps, 1/2 or 1/4 of the error."""
+    model = tiny(num_classes=0, class_names=(), image_size=4, attn_resolutions=(2,), timesteps=4000, beta_end=0.01)
+
+    def network(xt, t, y):  # eps_hat for x0 ~ (N(1, 0.5^2) + N(-1, 0.5^2)) / 2 in every value
+        a, s = model.signal_noise(t)
+        var = 0.25 * a**2 + s**2
+        weight = torch.tanh(a * xt / var)  # of the first minus that of the second
+        x0 = weight + 0.25 * a / var * (xt - a * weight)
+        return (xt - a * x0) / s
+
+    model.net = Net(network)
+    draw = lambda steps: model.sample(None, 0, 0, range(50), sampler, steps, clip_x0=False)  # noqa: E731
+    exact = draw(1600) if order == 2 else draw(4000)
+    errors = [(draw(steps) - exact).square().mean().sqrt().item() for steps in (25, 50, 100)]
+    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
+    assert all(order - 0.3 < slope < order + 0.6 for slope in slopes), (errors, slopes)
+
+
+def test_ddpm_rounding_draws_no_root_of_a_negative_number():
+    model = tiny(timesteps=4000, beta_end=0.02)
+    assert model.sample(torch.tensor([0]), steps=3, sampler="ddim", eta=1.0).isfinite().all()
+    with pytest.raises(UserError, match="3 labels, but 1 indices"):
+        model.sample(torch.tensor([0, 1, 2]), indices=[5])
+
+
 def test_ddpm_reverse_noise_is_scaled_by_the_standard_deviation():
     model = tiny()
     model.net = Net(lambda x, t, y: 0 * x)
@@ -955,14 +1036,15 @@ def test_ddpm_ema():
         ema.update()
     assert torch.allclose(ema.shadow["weight"], start)  # constant weights are a fixed point
     torch.manual_seed(0)
-    ema, wanted = EMA(net, 0.5), net.weight.detach().clone()
-    for k in range(30):
-        with torch.no_grad():
-            net.weight.normal_()
-        ema.update()
-        d = min(0.5, (1 + k) / (10 + k))
-        wanted = d * wanted + (1 - d) * net.weight.detach()
-    assert torch.allclose(ema.shadow["weight"], wanted, atol=1e-6)
+    for decay in (0.99, 0.5):
+        ema, wanted = EMA(net, decay), net.weight.detach().clone()
+        for k in range(30):
+            with torch.no_grad():
+                net.weight.normal_()
+            ema.update()
+            d = min(decay, (1 + k) / (10 + k))
+            wanted = d * wanted + (1 - d) * net.weight.detach()
+        assert torch.allclose(ema.shadow["weight"], wanted, atol=1e-6)
     again = EMA(nn.Linear(2, 1), 0.5)
     again.load_state_dict(ema.state_dict())
     assert again.updates == 30 and torch.equal(again.shadow["weight"], ema.shadow["weight"])
@@ -1145,6 +1227,9 @@ def test_data_flips_and_crops():
     x, _ = data.Batches(ramp, None, 400, 0, hflip=False, crop=0.5)(0)
     span = (x[:, 0, 0, -1] - x[:, 0, 0, 0]) * 127.5 / 8 + 1  # in pixels of the source
     assert x.shape == (400, 1, 32, 32) and 15 < span.min() < 20 and 29 < span.max() < 33
+    left = (x[:, 0, 0, 0] + 1) * 127.5 / 8  # from one border to the other
+    place = (left / (32 - span).clamp(min=1))[span < 28]
+    assert place.min() < 0.1 and place.max() > 0.9 and 0.4 < place.mean() < 0.6
     assert x.min() >= -1 and x.max() <= 1
 
 
@@ -2238,12 +2323,18 @@ def test_classifier_softmax_cross_entropy_of_extreme_logits(double, scale):
     assert loss.forward(one, torch.tensor([0, 1])) == 0 and not loss.backward().any()  # a perfect prediction
 
 
+def test_classifier_weights_start_with_variance_2_over_n():
+    layer = classifier.Linear(500, 400, torch.Generator().manual_seed(0))
+    assert layer.W.var().item() == pytest.approx(2 / 500, rel=0.02) and not layer.b.any()
+
+
 def test_classifier_dropout():
     layer, x = classifier.Dropout(0.2, torch.Generator().manual_seed(0)), torch.ones(400, 257)
     assert layer.forward(x) is x and layer.backward(x) is x  # nothing outside training
     y = layer.forward(x, training=True)
     share = (y == 0).float().mean().item()
     assert abs(share - 51 / 256) < 4 * math.sqrt(0.2 * 0.8 / x.numel()) and abs(y.mean().item() - 1) < 0.01
+    assert y.max().item() == pytest.approx(256 / (256 - 51))  # 51 of 256 values of a byte are dropped
     assert not torch.equal(y, layer.forward(x, training=True))
     rows = (y == 0).float().mean(1)
     assert rows.min() > 0.05 and rows.max() < 0.4  # a coin for each value
