@@ -10,6 +10,7 @@ all the others. Resumable: run the same command again, even after kill -9.
 """
 
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -194,6 +195,7 @@ def make_plan(study, folder):
     plan, models = [], f"{work_dir}/models-{max_iters}" if max_iters else f"{folder}/models"
     recipe = {key: value for key, (value, _) in run_config(study["config"]).items()}
     defaults = defaults_of("train.py") | recipe
+    digest = hashlib.sha256(repr(sorted(defaults.items())).encode()).hexdigest()[:6]  # of the recipe as it is now
     for k in range(seed, seed + seeds):
         for title, cell in study["cells"].items():
             settings = study.get("base", {}) | cell
@@ -201,7 +203,7 @@ def make_plan(study, folder):
             script, share, score = (settings.pop(key, default) for key, default in OWN.items())
             settings = {key: v for key, v in settings.items() if script != "train.py" or defaults.get(key) != v}
             of_budget = "" if share == 1 else f"{share} of "
-            model = slug(f"{of_budget}{study['config']} {script} {settings or ''}")
+            model = slug(f"{of_budget}{study['config']} {script} {settings or ''} {digest}")
             model_dir, cell_dir = f"{models}/{model}-{k}", f"{folder}/cell-{slug(title)}-{k}"
             where = dict(data_dir=data_dir, device=device)
             config = [study["config"]] if script == "train.py" else []

@@ -163,7 +163,7 @@ def configure(namespace, ranges=(), **optional):
         if type(config.get(key)) in (int, float):
             check_range(key, config[key], interval)
     for key in kinds.keys() & {"out_dir", "data_dir"}:
-        check_folder(key, config[key], writable=key == "out_dir")
+        check_folder(key, config[key], writable=key == "out_dir" and not config.get("synthetic_dir"))
     namespace.update(given)
     return config, given
 
@@ -173,20 +173,24 @@ def check_folder(key, path, writable):
     if path == "":
         raise UserError(f"{key} is empty: use {key}=. for the current folder")
     path = os.path.abspath(path)
-    while not os.path.lexists(path):
+    while not os.path.lexists(path) and os.path.dirname(path) != path:  # the latter: a drive that is not there
         path = os.path.dirname(path)
     if not os.path.isdir(path):
         raise UserError(f"{key}: {path} is not a folder")
     if writable and not os.access(path, os.W_OK):
-        raise UserError(f"{key}: {path} is read-only")
+        raise UserError(f"{key}: no permission to write to {path}")
 
 
 def apply_saved(saved, config, given, namespace, fixed, log=print):
-    """Takes over the settings saved with a checkpoint, unless given. Those in `fixed` must not change."""
+    """Takes over the settings saved with a checkpoint, unless given. Those in `fixed`, a set, must not change."""
+    if missing := (fixed & config.keys()) - saved.keys():
+        raise KeyError(", ".join(sorted(missing)))
     for key, old in saved.items():
         if key in ("init_from", "out_dir", "device", "use_compile") or key not in config or given.get(key) == old:
             continue
         if key not in given:
+            if type(old) is not type(config[key]) and None not in (old, config[key]):
+                raise TypeError(f"{key}={old!r}")
             config[key] = namespace[key] = old
         elif key in fixed:
             raise UserError(f"{key}: checkpoint {old!r}, flag {given[key]!r}: it cannot change")
@@ -195,7 +199,7 @@ def apply_saved(saved, config, given, namespace, fixed, log=print):
 
 
 def catch_signals():
-    """A list to which the first Ctrl-C or SIGTERM is appended, for a loop to end on. A second one ends the program."""
+    """A list to which the first Ctrl-C, SIGTERM or SIGHUP is appended, for a loop to end on. A second one is final."""
     caught = []
 
     def stop(signum, frame):
@@ -203,8 +207,9 @@ def catch_signals():
         signal.signal(signum, signal.SIG_DFL)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the last, a closed terminal, is not on Windows
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), stop)
+        signum = getattr(signal, name, None)
+        if signum and not (name == "SIGHUP" and signal.getsignal(signum) == signal.SIG_IGN):  # nohup ignores it
+            signal.signal(signum, stop)
     return caught
 
 

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 
 import numpy as np
@@ -218,12 +219,16 @@ def decode_image(image, size):
     """
     from PIL import Image, ImageOps
 
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):  # 16 bits or more for each pixel
+    with suppress(Exception):  # damaged EXIF data
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # more than 8 bits for each pixel
         values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"pixels of mode {image.mode}")
-        image = Image.fromarray((values // 257).astype(np.uint8))
+        low, high = values.min(), values.max()
+        if not (0 <= low and high <= (255 if image.mode == "F" else 65535)):
+            raise ValueError(f"mode {image.mode}, values {low} to {high}: convert it to 8 or 16 bits")
+        if high > 255 or image.mode.startswith("I;16"):
+            values = values // 257
+        image = Image.fromarray(values.astype(np.uint8))
     if "transparency" in image.info or image.mode[-1] in "Aa":
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -248,10 +253,15 @@ def files_below(folder, ancestors=()):
     return found
 
 
+def has_images(folder):
+    return any(p.lower().endswith(IMAGE_TYPES) for p in files_below(folder))
+
+
 def list_images(folder):
     """The images of a folder, its sub-folders being the classes: ([(path, label or None)], names, what is not used).
 
-    Sub-folders of a class belong to it. Without classes, all images are listed.
+    Sub-folders of a class belong to it. Without classes, all images are listed. Raises UserError if the classes seem
+    to lie one level deeper.
     """
     files = files_below(folder)
     images = [p for p in files if p.lower().endswith(IMAGE_TYPES)]
@@ -260,6 +270,8 @@ def list_images(folder):
     parts = {p: os.path.relpath(p, folder).split(os.sep) for p in images}
     listed = [p for p in images if len(parts[p]) > 1]
     names = sorted({parts[p][0] for p in listed})
+    if len(names) == 1 and len({parts[p][1] for p in listed if len(parts[p]) > 2}) > 1:
+        raise UserError(f"{folder} has one sub-folder with images, {names[0]}/, which has several: give {names[0]}")
     if not names:
         return [(p, None) for p in images], names, unused
     if len(images) > len(listed):
@@ -378,7 +390,11 @@ def user_folder(dataset, split, data_dir, image_size):
     """The shard folder of a user's folder of shards or images, or None if it has no such split."""
     entries = [e for e in os.scandir(dataset) if not e.name.startswith(".")]
     folders = {e.name.lower(): e.name for e in entries if e.is_dir()}
-    has_splits = "train" in folders and folders.keys() <= set(SPLITS)  # else `train` is a class
+    # `train` is a class if folders with other names have images too
+    classes = [k for k in folders if k not in SPLITS and has_images(f"{dataset}/{folders[k]}")]
+    has_splits = "train" in folders and not classes
+    if "train" in folders and "test" in folders and classes:
+        print(f"{dataset}: train and test are taken for classes, like {folders[classes[0]]}", file=sys.stderr)
     if split not in folders if has_splits else split == "test":
         return None
     source = f"{dataset}/{folders[split]}" if has_splits else dataset

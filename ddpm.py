@@ -110,11 +110,6 @@ class DDPMConfig:
                 f"image_size: {self.image_size} is not divisible by {unit} (patch {self.patch}, {halvings} halvings): "
                 f"use {max(1, self.image_size // unit) * unit} or fewer entries in ch_mult"
             )
-        sides = [self.image_size // self.patch // 2**k for k in range(len(self.ch_mult))]
-        if self.arch == "unet" and not set(self.attn_resolutions) <= set(sides):
-            raise UserError(
-                f"attn_resolutions: {self.attn_resolutions}, but the levels are {', '.join(map(str, sides))} wide"
-            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -759,7 +754,8 @@ def atomic_write(path):
             os.remove(temporary)
         cause = e if isinstance(e, OSError) else e.__context__  # torch.save raises its own error from it
         if isinstance(cause, OSError):
-            raise UserError(f"cannot write {path}: {cause.strerror}; what it held is unchanged") from None
+            kept = "; the file that was there is unchanged" if os.path.exists(path) else ""
+            raise UserError(f"cannot write {path}: {cause.strerror or cause}{kept}") from None
         raise
 
 
@@ -770,7 +766,7 @@ def reading(path):
         yield
     except PermissionError:
         raise UserError(f"cannot read checkpoint {path}: permission denied") from None
-    except (UserError, torch.OutOfMemoryError):
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as e:
         reason = " ".join(str(e).split())[:120]

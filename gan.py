@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from configurator import apply_saved, catch_signals, configure, duration, progress, setup_device
+from configurator import apply_saved, catch_signals, configure, duration, lock_folder, progress, setup_device
 from data import (
     Batches,
     file_hash,
@@ -38,6 +38,7 @@ from ddpm import (
     image_noise,
     load_checkpoint,
     make_generator,
+    reading,
     seed_of,
     to_uint8,
 )
@@ -138,9 +139,11 @@ check_choice("init_from", init_from, ("scratch", "resume"))
 checkpoint_path, checkpoint = os.path.join(out_dir, "gan.pt"), None
 if init_from == "resume":
     checkpoint = load_checkpoint(checkpoint_path, ("generator", "discriminator", "config"))
-    fixed = ("dataset", "classes", "conditional", "image_size", "ch", "z_dim")
-    apply_saved(checkpoint["config"], config, given, globals(), fixed)
+    with reading(checkpoint_path):
+        fixed = {"dataset", "classes", "conditional", "image_size", "ch", "z_dim"}
+        apply_saved(checkpoint["config"], config, given, globals(), fixed)
 device, _, _ = setup_device(device, "float32", False)
+lock_folder(out_dir)
 
 (images, labels), _, names = load_splits(dataset, data_dir, image_size, classes)
 n_train = training_count(len(images), val_fraction)
@@ -160,11 +163,11 @@ parts = dict(generator=G, discriminator=D, G_optimizer=G_optimizer, D_optimizer=
 step, history = 0, {"step": [], "d_loss": [], "g_loss": [], "d_real": [], "d_fake": []}
 if checkpoint:
     step, history = checkpoint["step"], checkpoint["history"]
-    for name, part in parts.items():
-        part.load_state_dict(checkpoint[name])
+    with reading(checkpoint_path):
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
     for optimizer in (G_optimizer, D_optimizer):
         optimizer.param_groups[0].update(lr=lr, betas=(beta1, 0.999))
-os.makedirs(out_dir, exist_ok=True)
 sizes = [f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f}M" for net in (G, D)]
 print(
     f"generator {sizes[0]}, discriminator {sizes[1]} parameters on {device}; {n_train} training images of "

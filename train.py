@@ -113,23 +113,26 @@ def log(*words):
 # 2. Resume: settings come from the checkpoint unless they were given, and what defines the model cannot change.
 # Settings are the globals above; config is the copy of them that is saved.
 checkpoint_path, checkpoint, pretrained = os.path.join(out_dir, "ckpt.pt"), None, None
+if rank == 0 and (init_from != "resume" or os.path.exists(checkpoint_path)):
+    lock_folder(out_dir)
 fixed = {f.name for f in fields(DDPMConfig)}
 if init_from == "resume":
     checkpoint = load_checkpoint(checkpoint_path)
     if "optimizer" not in checkpoint:
         raise UserError(f"{checkpoint_path} holds only averaged weights: use --init_from={checkpoint_path}")
-    apply_saved(checkpoint["config"], config, given, globals(), fixed | {"conditional", "dataset", "classes"}, log)
+    fixed |= {"conditional", "dataset", "classes"}
+    with reading(checkpoint_path):
+        apply_saved(checkpoint["config"], config, given, globals(), fixed, log)
 elif init_from != "scratch":
-    if not os.path.exists(init_from):
-        raise UserError(f"init_from: {init_from!r} is not scratch, resume or a checkpoint")
+    if not os.path.isfile(init_from):
+        raise UserError(f"init_from: {init_from!r} is not scratch, resume or a checkpoint such as out/ckpt.pt")
     pretrained = load_checkpoint(init_from)
     fixed -= {"dropout", "p_uncond", "loss", "weighting"}
-    apply_saved(pretrained["model_args"], config, given, globals(), fixed, log)
+    with reading(init_from):
+        apply_saved(pretrained["model_args"], config, given, globals(), fixed, log)
 if batch_size % (world * grad_accum):
     raise UserError(f"batch_size: {batch_size} is not divisible by {world} processes x grad_accum {grad_accum}")
 device, amp_dtype, use_compile = setup_device(device, dtype, use_compile)
-if rank == 0:
-    lock_folder(out_dir)
 
 # 3. Data: rank 0 downloads or decodes what is missing, then one process on each other host, then the rest.
 if world > 1:
@@ -155,7 +158,10 @@ if checkpoint and checkpoint.get("trained_on", trained_on) != trained_on:
 train_labels = None if labels is None else labels[:n_train]
 batches = Batches(images[:n_train], train_labels, batch_size, seed, hflip, crop, 0, device)
 if world > 1:
-    dist.all_gather_object(all_settings := [None] * world, config | trained_on | {"images": len(images)})
+    compared = config | trained_on | {"images": len(images), "step": checkpoint and checkpoint["step"]}
+    for key in ("data_dir", "dataset", "out_dir", "device"):  # hosts may keep the same images in different places
+        compared.pop(key)
+    dist.all_gather_object(all_settings := [None] * world, compared)
     if differing := [key for key, value in all_settings[0].items() if any(s[key] != value for s in all_settings)]:
         raise UserError(f"the processes differ in {', '.join(differing)}")
 if epochs > 0:
@@ -166,10 +172,15 @@ if epochs > 0:
 torch.manual_seed(seed)
 model_args = {f.name: config[f.name] for f in fields(DDPMConfig) if f.name in config}
 model_args |= dict(image_size=images.shape[1], channels=images.shape[3], class_names=names)
+sides = [images.shape[1] // patch // 2**k for k in range(len(ch_mult))]
+if init_from == "scratch" and arch == "unet" and not set(attn_resolutions) <= set(sides):
+    raise UserError(f"attn_resolutions: {attn_resolutions}, but the levels are {', '.join(map(str, sides))} wide")
 model = DDPM(DDPMConfig(**model_args, num_classes=0 if labels is None else len(names))).to(device)
 model.amp_dtype = amp_dtype
 if pretrained:  # other classes get new embeddings
     with reading(init_from):
+        if pretrained["model_args"]["channels"] != images.shape[3]:
+            raise UserError(f"init_from: a model of {pretrained['model_args']['channels']}-channel images")
         state, same_classes = pretrained["ema"]["shadow"], list(pretrained["model_args"]["class_names"]) == names
         state = {k: v for k, v in state.items() if same_classes or "condition.label" not in k}
         keys = model.load_state_dict(state, strict=False)
@@ -187,7 +198,10 @@ keys = ("step", "epochs", "train_loss", "val_loss", "train_quarters", "val_quart
 history = {key: [] for key in (*keys, "log_step", "log_loss", "lr", "grad_norm")}
 if checkpoint:
     with reading(checkpoint_path):
-        step, history, train_sums = checkpoint["step"], checkpoint["history"], checkpoint["sums"].to(device)
+        if type(checkpoint["step"]) is not int or checkpoint["history"].keys() != history.keys() | {"test_loss"}:
+            raise ValueError("step or history")
+        step, history = checkpoint["step"], checkpoint["history"]
+        train_sums = checkpoint["sums"].to(device).view(4, 2)
         model.load_state_dict(checkpoint["model"])
         ema.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
