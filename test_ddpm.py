@@ -1639,22 +1639,69 @@ def test_configurator_paths_and_config_files_as_people_write_them(shards, tmp_pa
         assert "c.py: SystemExit" in one_line(cli(capfd, "train.py", str(config)))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_configurator_every_number_has_a_range(script, capfd, monkeypatch):
-    """In the table of all scripts, in the script's own, or in DDPMConfig; and nan is in none."""
-    seen, configure = {}, configurator.configure
+def arguments_of_configure(script, capfd):
+    """What a script passes to configure: (its globals, ranges, optional)."""
+    seen = []
 
     def record(namespace, ranges=(), **optional):
-        seen.update(config=configure(namespace, ranges, **optional)[0], ranges=configurator.RANGES | dict(ranges))
+        seen.extend((dict(namespace), dict(ranges), optional))
         raise SystemExit(0)
 
-    monkeypatch.setattr(configurator, "configure", record)
-    cli(capfd, script, *(["mistuned"] if script == "ablate.py" else []))
-    numbers = {k for k, v in seen["config"].items() if type(v) in (int, float)} - vars(DDPMConfig()).keys()
-    assert numbers <= seen["ranges"].keys()
-    for key, interval in seen["ranges"].items():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configurator, "configure", record)
+        cli(capfd, script, *(["mistuned"] if script == "ablate.py" else []))
+    return seen
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_configurator_every_number_has_a_range(script, capfd):
+    """In the table of all scripts, in the script's own, or in DDPMConfig; and nan is in none."""
+    namespace, ranges, _ = arguments_of_configure(script, capfd)
+    ranges = configurator.RANGES | ranges
+    settings = {k: v for k, v in namespace.items() if k.islower() and not k.startswith("_")}
+    numbers = {k for k, v in settings.items() if type(v) in (int, float)} - vars(DDPMConfig()).keys()
+    assert numbers <= ranges.keys()
+    for key, interval in ranges.items():
         with pytest.raises(UserError, match="must be in"):
             ddpm.check_range(key, math.nan, interval)
+
+
+NASTY = "nan inf -inf -1 0 0.5 1e400 1e-400 -0.0 None True [] () {} 1,, 1,2 a ' \\ ~ -- 1j 0x10 1_0 lambda:0".split(" ")
+NASTY += [
+    "",
+    " ",
+    "9" * 400,
+    "-" * 5000 + "1",
+    "(" * 5000,
+    "1\x00",
+    f"[{'1,' * 9999}]",
+    "__import__('os')",
+    "\U0001f600",
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_configurator_nasty_settings(script, monkeypatch, capfd):
+    """Every key with every value: taken with its type and in its range, or one line that names the key."""
+    namespace, ranges, optional = arguments_of_configure(script, capfd)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "argv", [script])
+    config, taken = configurator.configure(dict(namespace), ranges, **optional)[0], 0
+    for key, default in config.items():
+        for value in NASTY:
+            monkeypatch.setattr(sys, "argv", [script, f"--{key}={value}"])
+            try:
+                got = configurator.configure(dict(namespace), ranges, **optional)[0][key]
+            except UserError as e:
+                assert key in str(e) and "\n" not in str(e)
+                continue
+            taken += 1
+            assert type(got) is type(default) or key in optional
+            if type(got) in (int, float) and key in (intervals := configurator.RANGES | ranges):
+                ddpm.check_range(key, got, intervals[key])
+    print(f"{script}: {len(config) * len(NASTY)} settings, {taken} taken, the others refused in one line")
+    assert taken > len(NASTY)
 
 
 @pytest.mark.parametrize("script", ("train.py", "sample.py", "augment.py", "classifier.py", "evaluate.py", "gan.py"))
