@@ -1028,6 +1028,16 @@ def test_ddpm_compiled_network_sees_one_batch_shape():
 # ddpm.py: averaged weights and checkpoints
 
 
+def test_ddpm_weight_decay_shrinks_matrices_only():
+    model = tiny()
+    for p in model.parameters():
+        nn.init.ones_(p)
+        p.grad = torch.zeros_like(p)
+    ddpm.make_optimizer(model, lr=0.1, weight_decay=0.5).step()
+    for p in model.parameters():
+        assert torch.allclose(p, torch.tensor(0.95 if p.ndim > 1 else 1.0))
+
+
 def test_ddpm_ema():
     net = nn.Linear(2, 1)
     ema = EMA(net, 0.9999)
