@@ -1443,7 +1443,6 @@ def test_data_shards_in_other_layouts(tmp_path, capfd):
         data.load(str(tmp_path))
 
 
-@pytest.mark.slow
 def test_data_mutated_files_are_one_line_or_load(tmp_path):
     """1,000 files with a changed, cut or added part: shards, labels, JSON, and images of eight formats."""
     rng, images = np.random.default_rng(0), np.random.default_rng(1).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
@@ -1472,7 +1471,7 @@ def test_data_mutated_files_are_one_line_or_load(tmp_path):
             refused += 1
         path.write_bytes(whole)
         shutil.rmtree(tmp_path / "kept", ignore_errors=True)
-    assert loaded > 50 and refused > 500, (loaded, refused)
+    assert loaded > 300 and refused > 300, (loaded, refused)
     print(f"{loaded} loaded, {refused} refused in one line")
 
 
@@ -1553,7 +1552,8 @@ def test_data_every_set_goes_through_all_scripts(capfd, tmp_path, monkeypatch, w
      "flowers102": lambda: write_flowers102(tmp_path / "data", monkeypatch),
      "folder": lambda: write_folder(tmp_path)}[name]()  # fmt: skip
     of, size = [f"--dataset={dataset}"], 16 if name == "folder" else 64 if name == "flowers102" else 28
-    train = [*of, f"--image_size={size}", "--ch=8", "--ch_mult=1,2", "--attn_resolutions=4", "--max_iters=2"]
+    attention = dict(folder=4, flowers102=16).get(name, 14)
+    train = [*of, f"--image_size={size}", "--ch=8", "--ch_mult=1,2", f"--attn_resolutions={attention}", "--max_iters=2"]
     train += ["--out_dir=out-x", "--batch_size=8", "--timesteps=10", "--eval_interval=2", "--sample_interval=2"]
     train += ["--eval_images=8", "--use_compile=False", "--conditional=False"][: 3 if unconditional else 2]
     for script, *flags in (
@@ -1577,7 +1577,7 @@ def test_data_every_set_goes_through_all_scripts(capfd, tmp_path, monkeypatch, w
         order = data.shuffled([k + 102 * i + 1 for k in range(102) for i in range(2)])  # ids of the training images
         assert labels.tolist() == [(k - 1) % 102 for k in order]
         with Image.open(f"data/flowers-102/jpg/image_{order[5]:05d}.jpg") as image:
-            assert np.array_equal(images[5], data.resize_and_crop(image, 64))
+            assert np.array_equal(images[5], data.decode_image(image, 64))
     made = set(os.listdir("out-x"))
     assert {"ckpt.pt", "sample.png", "evaluate.json", "plot_loss.png", "plot_data.png"} <= made
     assert ("evaluate_nearest.png" in made) == (name != "folder")  # no image of it is held out of training
@@ -2279,6 +2279,7 @@ def test_augment_refuses_foreign_and_damaged_shards(trained, synthetic, tmp_path
     assert "the disk has 0 MB free" in refused()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ({}, {"overwrite": True, "seed": 5}))
 def test_augment_cut_off_between_any_two_writes(change, trained, synthetic, tmp_path, capfd, monkeypatch):
     """Stops before the N-th renaming or removal, for every N: what is there is refused or right; a rerun ends it."""
