@@ -240,12 +240,15 @@ def shuffled(items):
     return [items[k] for k in np.random.default_rng(0).permutation(len(items))]
 
 
+def visible(folder):
+    """The entries of a folder, sorted by name, but for hidden ones."""
+    return sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
+
+
 def files_below(folder, ancestors=()):
     """The sorted paths of all files in a folder and its sub-folders, but for hidden names and links that lead back."""
     ancestors, found = (*ancestors, os.path.realpath(folder)), []
-    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-        if entry.name.startswith("."):
-            continue
+    for entry in visible(folder):
         if not entry.is_dir():
             found.append(entry.path)
         elif not any(a == (real := os.path.realpath(entry)) or a.startswith(f"{real}{os.sep}") for a in ancestors):
@@ -253,8 +256,8 @@ def files_below(folder, ancestors=()):
     return found
 
 
-def has_images(folder):
-    return any(p.lower().endswith(IMAGE_TYPES) for p in files_below(folder))
+def only_images(paths):
+    return [p for p in paths if p.lower().endswith(IMAGE_TYPES)]
 
 
 def list_images(folder):
@@ -264,7 +267,7 @@ def list_images(folder):
     to lie one level deeper.
     """
     files = files_below(folder)
-    images = [p for p in files if p.lower().endswith(IMAGE_TYPES)]
+    images = only_images(files)
     others = collections.Counter(f"*{os.path.splitext(p)[1].lower()}" for p in set(files) - set(images))
     unused = [f"{n} {kind}" for kind, n in sorted(others.items())]
     parts = {p: os.path.relpath(p, folder).split(os.sep) for p in images}
@@ -276,8 +279,7 @@ def list_images(folder):
         return [(p, None) for p in images], names, unused
     if len(images) > len(listed):
         unused.append(f"{len(images) - len(listed)} images beside the classes")
-    folders = {e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")}
-    unused += [f"{name}/ without images" for name in sorted(folders - set(names))]
+    unused += [f"{e.name}/ without images" for e in visible(folder) if e.is_dir() and e.name not in names]
     return [(p, names.index(parts[p][0])) for p in listed], names, unused
 
 
@@ -388,12 +390,13 @@ def builtin_folder(dataset, split, data_dir, image_size):
 
 def user_folder(dataset, split, data_dir, image_size):
     """The shard folder of a user's folder of shards or images, or None if it has no such split."""
-    entries = [e for e in os.scandir(dataset) if not e.name.startswith(".")]
+    entries = visible(dataset)
     folders = {e.name.lower(): e.name for e in entries if e.is_dir()}
     # `train` is a class if folders with other names have images too
-    classes = [k for k in folders if k not in SPLITS and has_images(f"{dataset}/{folders[k]}")]
+    others = folders.keys() - set(SPLITS) if "train" in folders else ()
+    classes = [k for k in sorted(others) if only_images(files_below(f"{dataset}/{folders[k]}"))]
     has_splits = "train" in folders and not classes
-    if "train" in folders and "test" in folders and classes:
+    if "test" in folders and classes:
         print(f"{dataset}: train and test are taken for classes, like {folders[classes[0]]}", file=sys.stderr)
     if split not in folders if has_splits else split == "test":
         return None
@@ -407,7 +410,7 @@ def user_folder(dataset, split, data_dir, image_size):
     key = hashlib.sha256(repr((DECODING, os.path.abspath(source), size, listing)).encode()).hexdigest()[:12]
     folder = f"{data_dir}/{os.path.basename(os.path.abspath(source))}-{size}-{key}"
     if not shard_files(folder, "images"):
-        beside = sorted({e.name for e in entries if e.name.lower() not in ("train", "test", "classes.json")})
+        beside = [e.name for e in entries if e.name.lower() not in ("train", "test", "classes.json")]
         if has_splits and beside:
             print(f"{dataset}: not used: {', '.join(beside[:9])}{', …' if beside[9:] else ''}", file=sys.stderr)
         cache(folder, *decode_folder(source, size))
@@ -425,9 +428,14 @@ def load_splits(dataset, data_dir="data", image_size=0, classes=""):
         raise UserError(f"{dataset} has no training split")
     if test[0] is not None and (names != test_names or (train[1] is None) != (test[1] is None)):
         raise UserError(f"{dataset}: the splits have different classes, {names} and {test_names}: use --classes")
-    if train[1] is not None and (empty := sorted(set(range(len(names))) - set(train[1].tolist()))):
-        print(f"warning: no training images of {', '.join(names[k] for k in empty)}", file=sys.stderr)
+    if train[1] is not None and (missing := missing_classes(train[1], names)):
+        print(f"warning: no training images of {', '.join(missing)}", file=sys.stderr)
     return train, test, names
+
+
+def missing_classes(labels, names):
+    """The names of the classes that no label is of."""
+    return [names[k] for k in sorted(set(range(len(names))) - set(labels.tolist()))]
 
 
 def load_samples(folder, like, names, data_dir="data"):
@@ -440,8 +448,8 @@ def load_samples(folder, like, names, data_dir="data"):
     images, labels, own_names = load(os.path.abspath(folder), "train", data_dir, like.shape[1])
     if labels is not None and names:
         images, labels, _ = select(images, labels, own_names, names)
-        if missing := sorted(set(range(len(names))) - set(labels.tolist())):
-            raise UserError(f"{folder}: no images of {', '.join(names[k] for k in missing)}: use --classes")
+        if missing := missing_classes(labels, names):
+            raise UserError(f"{folder}: no images of {', '.join(missing)}: use --classes")
     return images, labels
 
 
