@@ -11,12 +11,15 @@ Tests are named test_FILE_PROPERTY. The errors that a user can cause are one tab
 `pytest -q` runs the fast ones, `pytest -q -m slow -rP` those that take minutes.
 """
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest runs one test per core; before torch is imported
+
 import functools
 import hashlib
 import http.server
 import json
 import math
-import os
 import pathlib
 import pickle
 import random
@@ -2034,6 +2037,7 @@ def test_train_torchrun_says_what_is_wrong(shards, trained, tmp_path):
     assert status == 1 and "start it with `python sample.py`" in text and not os.path.exists(f"{trained}/sample.png")
 
 
+@pytest.mark.xdist_group("quick_start")  # one process trains it
 @pytest.mark.slow
 def test_train_the_quick_start_samples_what_was_asked_for(quick_start):
     """At least 95% of 500 images are of the class asked for; an untrained net scores 10%."""
@@ -2660,6 +2664,7 @@ def test_classifier_notes_validation_images_that_the_generator_saw(shards, synth
     )
 
 
+@pytest.mark.xdist_group("quick_start")  # one process trains it
 @pytest.mark.slow
 def test_classifier_synthetic_shapes_help_where_real_ones_are_few(quick_start):
     """The whole chain: train, augment, classify with 20 real images of each class: a gain of many times its error."""
