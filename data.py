@@ -378,7 +378,7 @@ def builtin_folder(dataset, split, data_dir, image_size):
     own_size = 32 if dataset == "shapes" else TORCHVISION[dataset][1]
     size = image_size or own_size
     if size != own_size and dataset != "flowers102":
-        raise UserError(f"image_size: {dataset} is {own_size}x{own_size}, not {size}: leave image_size out")
+        raise UserError(f"{dataset} is {own_size}x{own_size}, but image_size, or the model of init_from, is {size}")
     root = os.path.join(data_dir, dataset if size == own_size else f"{dataset}-{size}")
     for name, n, seed in (("train", 50000, 0), ("test", 10000, 1)):
         if shard_files(f"{root}/{name}", "images"):

@@ -15,6 +15,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest runs one test per core; before torch is imported
 
+import contextlib
 import functools
 import hashlib
 import http.server
@@ -35,10 +36,12 @@ import threading
 import time
 import warnings
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -170,8 +173,8 @@ def cli(capfd, script, *args):
     return status, out + err
 
 
-def torchrun(nproc, script, *flags, nnodes=1):
-    """Runs a script under torchrun on one or more emulated hosts: (exit status, output and errors)."""
+def start_torchrun(nproc, script, *flags, nnodes=1):
+    """Starts a script under torchrun on one or more emulated hosts: their processes."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -179,9 +182,54 @@ def torchrun(nproc, script, *flags, nnodes=1):
     command = [sys.executable, "-m", "torch.distributed.run", *where]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     ranks = [[*command, f"--node_rank={k}", f"{HERE}/{script}", *flags] for k in range(nnodes)]
-    hosts = [subprocess.Popen(rank, **pipes) for rank in ranks]
+    return [subprocess.Popen(rank, **pipes) for rank in ranks]
+
+
+def torchrun(*args, **how):
+    """Runs a script under torchrun to its end: (exit status, output and errors). See start_torchrun."""
+    hosts = start_torchrun(*args, **how)
     text = "".join(host.communicate(timeout=180)[0] for host in hosts)
     return max(host.returncode for host in hosts), text
+
+
+FORKS = """
+import os, runpy, sys, time
+import configurator, data, ddpm, torch  # imported once: each run is a fork of this process
+for line in sys.stdin:
+    seconds, *sys.argv = line[:-1].split(chr(9))
+    reader, writer = os.pipe()
+    if not (pid := os.fork()):
+        os.dup2(writer, 1)
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader) as output:
+        output.readline()  # it has begun
+        time.sleep(float(seconds))
+        os.kill(pid, 9)
+        print(os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+def kill_at_random(kills, most, command, check):
+    """Starts command(), [script, flag, …], and kills it at most so many seconds after its first line of output.
+
+    check() is called after each run. Fails unless it was hit so many times.
+    """
+    rng, hits, pipes = random.Random(0), 0, dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", FORKS], env=os.environ | {"PYTHONPATH": HERE}, **pipes) as server:
+        for _ in range(2 * kills):
+            script, *flags = command()
+            server.stdin.write("\t".join([str(rng.uniform(0, most)), f"{HERE}/{script}", *flags]) + "\n")
+            server.stdin.flush()
+            hits += int(server.stdout.readline()) == signal.SIGKILL
+            check()
+            if hits == kills:
+                break
+        server.stdin.close()
+    assert hits == kills
 
 
 def one_line(result):
@@ -389,16 +437,6 @@ def shape_classifier():
     net.eval()
     with torch.no_grad():
         return net, (net(x[10000:]).argmax(1) == y[10000:]).float().mean().item()
-
-
-@pytest.fixture(scope="session")
-def quick_start(tmp_path_factory):
-    """The folder of config/shapes.py, trained for two thirds of its steps, and the minutes that it took."""
-    folder = tmp_path_factory.mktemp("quick")
-    start = time.time()
-    command = [sys.executable, f"{HERE}/train.py", "config/shapes.py", "--sample_interval=0", "--max_iters=1000"]
-    subprocess.run(command, cwd=folder, check=True)
-    return folder, (time.time() - start) / 60
 
 
 def feature_sets(n=90, k=70, d=12):
@@ -1538,7 +1576,7 @@ def test_data_fashion_mnist_in_its_own_format(tmp_path):
     pixels = write_fashion_mnist(tmp_path, 6)
     images, labels, names = data.load("fashion_mnist", data_dir=str(tmp_path))
     assert np.array_equal(images[..., 0], pixels) and labels.tolist() == list(range(6)) and names[0] == "T-shirt/top"
-    with pytest.raises(UserError, match="28x28, not 32"):
+    with pytest.raises(UserError, match="is 28x28, but image_size, or the model of init_from, is 32"):
         data.load("fashion_mnist", data_dir=str(tmp_path), image_size=32)
 
 
@@ -1694,27 +1732,45 @@ NASTY += [
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_configurator_nasty_settings(script, monkeypatch, capfd):
+def test_configurator_nasty_settings(script, monkeypatch, tmp_path, capfd):
     """Every key with every value: taken with its type and in its range, or one line that names the key."""
     namespace, ranges, optional = arguments_of_configure(script, capfd)
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(sys, "argv", [script])
-    config, taken = configurator.configure(dict(namespace), ranges, **optional)[0], 0
-    for key, default in config.items():
+    defaults, taken = configurator.configure(dict(namespace), ranges, **optional)[0], []
+
+    def attempt(key, argument):
+        monkeypatch.setattr(sys, "argv", [script, argument])
+        try:
+            got = configurator.configure(dict(namespace), ranges, **optional)[0][key]
+        except UserError as e:
+            assert key in str(e) and "\n" not in str(e)
+            return
+        taken.append(key)
+        assert type(got) is type(defaults[key]) or key in optional
+        if type(got) in (int, float) and key in (intervals := configurator.RANGES | ranges):
+            ddpm.check_range(key, got, intervals[key])
+
+    for key in defaults:
         for value in NASTY:
-            monkeypatch.setattr(sys, "argv", [script, f"--{key}={value}"])
-            try:
-                got = configurator.configure(dict(namespace), ranges, **optional)[0][key]
-            except UserError as e:
-                assert key in str(e) and "\n" not in str(e)
-                continue
-            taken += 1
-            assert type(got) is type(default) or key in optional
-            if type(got) in (int, float) and key in (intervals := configurator.RANGES | ranges):
-                ddpm.check_range(key, got, intervals[key])
-    print(f"{script}: {len(config) * len(NASTY)} settings, {taken} taken, the others refused in one line")
-    assert taken > len(NASTY)
+            attempt(key, f"--{key}={value}")
+    print(f"{script}: {len(defaults) * len(NASTY)} settings, {len(taken)} taken, the others refused in one line")
+    assert len(taken) > len(NASTY)
+
+    # Flags of any text, and config files of any value.
+    scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
+    values = scalars | st.lists(scalars, max_size=3) | st.lists(st.integers() | st.floats(), max_size=3).map(tuple)
+    keys, path = st.sampled_from(sorted(defaults)), tmp_path / "config.py"
+
+    @hypothesis.settings(max_examples=100, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(keys, st.text() | values.map(str), values)
+    def any_setting(key, text, value):
+        attempt(key, f"--{key}={text}")
+        path.write_text(f"from math import inf, nan\n{key} = {value!r}\ndel inf, nan\n", encoding="utf-8")
+        attempt(key, str(path))
+
+    any_setting()
 
 
 @pytest.mark.parametrize("script", ("train.py", "sample.py", "augment.py", "classifier.py", "evaluate.py", "gan.py"))
@@ -1787,6 +1843,81 @@ def test_train_sigterm_saves_and_the_run_continues(shards, tmp_path, capfd):
         capfd, "train.py", f"--out_dir={tmp_path}/out", "--init_from=resume", f"--max_iters={stopped_at + 2}"
     )
     assert status == 0 and f"steps {stopped_at} to {stopped_at + 2}" in text
+
+
+@pytest.mark.slow
+def test_train_killed_50_times_equals_an_uninterrupted_run(shards, tmp_path, capfd):
+    cut, whole, steps = tmp_path / "cut", tmp_path / "whole", [0]
+
+    def flags(folder, how="scratch", max_iters=10**6):
+        return [*tiny_flags(shards, str(folder), eval_interval=3, max_iters=max_iters), f"--init_from={how}"]
+
+    def check():
+        if (cut / "ckpt.pt").exists():
+            steps.append(ddpm.load_checkpoint(str(cut / "ckpt.pt"))["step"])
+            data.read_json(cut / "log.json") if (cut / "log.json").exists() else None
+
+    kill_at_random(50, 0.5, lambda: ["train.py", *flags(cut, "resume" if steps[-1] else "scratch")], check)
+    assert steps == sorted(steps) and len(set(steps)) > 20
+    end = steps[-1] + 2
+    for folder, how in ((cut, "resume"), (whole, "scratch")):
+        assert cli(capfd, "train.py", *flags(folder, how, end))[0] == 0
+    a, b = (ddpm.load_checkpoint(f"{d}/ckpt.pt") for d in (cut, whole))
+    for key in ("model", "ema", "optimizer", "step"):
+        assert same(a[key], b[key]), key
+    assert repr(a["history"]) == repr(b["history"])  # NaN where no t fell into a quarter
+    print(f"\ntrain.py: 50 kills between steps 0 and {steps[-1]}, {len(set(steps))} different checkpoints")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ("SIGTERM", "a process killed"))
+def test_train_torchrun_that_is_stopped_can_be_resumed(what, shards, tmp_path):
+    """SIGTERM saves the step that it was at; if one process is killed, the other ends too. Both can be resumed."""
+    flags = tiny_flags(shards, str(tmp_path), max_iters=10**6, eval_interval=40)
+    (host,) = start_torchrun(2, "train.py", *flags)
+    while not (line := host.stdout.readline()).startswith("step      50 "):
+        assert line
+    if what == "SIGTERM":
+        host.terminate()
+    else:
+        ranks = subprocess.run(["ps", "-o", "pid=", "--ppid", str(host.pid)], capture_output=True, text=True).stdout
+        os.kill(int(ranks.split()[-1]), signal.SIGKILL)
+    text = host.communicate(timeout=90)[0]
+    step = ddpm.load_checkpoint(f"{tmp_path}/ckpt.pt")["step"]
+    assert host.returncode != 0 and (f"stopped by a signal at step {step}:" in text) == (what == "SIGTERM"), text
+    assert step >= 50 if what == "SIGTERM" else step >= 40 and step % 40 == 0
+    assert [p.name for p in tmp_path.glob("*.tmp")] == []
+    status, text = torchrun(2, "train.py", *flags, "--init_from=resume", f"--max_iters={step + 2}")
+    assert status == 0 and f"steps {step} to {step + 2}" in text, text
+
+
+@pytest.mark.slow
+def test_train_memory_does_not_grow_with_the_number_of_steps(shards, tmp_path):
+    code = "import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    code += "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"  # kB
+    peak = {}
+    for n in (200, 2200):
+        flags = tiny_flags(shards, f"{tmp_path}/{n}", max_iters=n, eval_interval=100, log_interval=10)
+        command = [sys.executable, "-c", code, f"{HERE}/train.py", *flags]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peak[n] = int(done.stdout.split("peak ")[1]) / 1024
+    print("\npeak memory of train.py by steps:", {n: f"{mb:.0f} MB" for n, mb in peak.items()})
+    assert peak[2200] - peak[200] < 20
+
+
+@pytest.mark.parametrize("what", ("one image", "one class", "constant", "grey", "64x64"))
+def test_train_and_sample_odd_data(what, tmp_path, capfd):
+    n, side, channels = 1 if what == "one image" else 40, 64 if what == "64x64" else 8, 1 if what == "grey" else 3
+    images = np.random.default_rng(0).integers(0, 256, (n, side, side, channels), dtype=np.uint8)
+    images[:] = 7 if what == "constant" else images
+    labels = np.zeros(n) if what in ("one image", "one class") else np.arange(n) % 3
+    names = ["a", "b", "c"][: int(labels.max()) + 1]
+    data.write_shards(f"{tmp_path}/tiny", images, labels, names)
+    flags = tiny_flags(tmp_path, f"{tmp_path}/out", max_iters=3, val_fraction=0.0 if n == 1 else 0.1)
+    status, text = cli(capfd, "train.py", *flags, f"--attn_resolutions={side // 2}")
+    assert status == 0 and f"{len(names)} classes" in text, text
+    status, text = cli(capfd, "sample.py", f"--out_dir={tmp_path}/out", "--steps=2", "--num_samples=2", "--device=cpu")
+    assert status == 0 and os.path.exists(f"{tmp_path}/out/sample.png"), text
 
 
 def test_train_two_gloo_processes_equal_one(shards, tmp_path, capfd):
@@ -2037,15 +2168,20 @@ def test_train_torchrun_says_what_is_wrong(shards, trained, tmp_path):
     assert status == 1 and "start it with `python sample.py`" in text and not os.path.exists(f"{trained}/sample.png")
 
 
-@pytest.mark.xdist_group("quick_start")  # one process trains it
 @pytest.mark.slow
-def test_train_the_quick_start_samples_what_was_asked_for(quick_start):
-    """At least 95% of 500 images are of the class asked for; an untrained net scores 10%."""
-    folder, minutes = quick_start
+def test_train_the_quick_start_and_the_chain_after_it(tmp_path):
+    """Two thirds of config/shapes.py: 95% of 500 images are of the class asked for; an untrained net scores 10%.
+
+    Then 20 real images of each class: synthetic ones beside them gain many times the gain's error.
+    """
+    start = time.time()
+    run = lambda *args: subprocess.run([sys.executable, *args], cwd=tmp_path, check=True)  # noqa: E731
+    run(f"{HERE}/train.py", "config/shapes.py", "--sample_interval=0", "--max_iters=1000")
+    minutes = (time.time() - start) / 60
     net, real = shape_classifier()
     y = torch.arange(500) % 10
     scores = {}
-    model = ddpm.load_model(f"{folder}/out-shapes/ckpt.pt")[0]
+    model = ddpm.load_model(f"{tmp_path}/out-shapes/ckpt.pt")[0]
     for w in (0.0, 1.8):
         x = torch.cat([model.sample(y[s], w, 0, s.tolist(), "dpm++", 25) for s in torch.arange(500).split(100)])
         scores[w] = (net(x).argmax(1) == y).float().mean().item()
@@ -2054,9 +2190,19 @@ def test_train_the_quick_start_samples_what_was_asked_for(quick_start):
     untrained = (net(x).argmax(1) == y).float().mean().item()
     print(
         f"\nclassifier on real shapes {real:.1%}; as asked at w=0 {scores[0.0]:.1%}, at w=1.8 {scores[1.8]:.1%}, "
-        f"untrained {untrained:.1%}; training took {minutes:.1f} min"
+        f"untrained {untrained:.1%}; training took {minutes:.1f} min on one core"
     )
     assert real >= 0.99 and scores[1.8] >= 0.95 and untrained < 0.2
+
+    run(f"{HERE}/augment.py", "--out_dir=out-shapes", "--per_class=300")
+    few = ["--n_real=200", "--seeds=3", "--hidden=512", "--max_iters=800", "--arms=real,real+synthetic,real+real"]
+    run(f"{HERE}/classifier.py", "--dataset=shapes", "--out_dir=out-shapes", *few)
+    runs = data.read_json(f"{tmp_path}/out-shapes/classifier.json")["runs"]
+    of = {arm: [r for r in runs if r["arm"] == arm] for arm in classifier.ARMS}
+    gain, half = classifier.difference(of["real+synthetic"], of["real"])
+    control, _ = classifier.difference(of["real+real"], of["real"])
+    print(f"{gain:+.1f} ± {half:.1f} points from synthetic shapes, control {control:+.1f}")
+    assert gain > 10 and gain > 5 * half and gain > 3 * abs(control)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2325,27 +2471,23 @@ def test_augment_cut_off_between_any_two_writes(change, trained, synthetic, tmp_
 
 
 @pytest.mark.slow
-def test_augment_kill_9_leaves_no_wrong_shard(trained, tmp_path):
-    """10 kills at random moments; what is there after each is right, and the end is that of an undisturbed run."""
+def test_augment_killed_50_times_leaves_no_wrong_shard(trained, tmp_path):
+    """What is there after each kill is right, and the end is that of an undisturbed run."""
     flags = lambda name: augment_flags(trained, f"{tmp_path}/{name}", per_class=800)  # noqa: E731
     subprocess.run([sys.executable, f"{HERE}/augment.py", *flags("whole")], check=True, capture_output=True)
-    whole, rng, kills, partial = contents(tmp_path / "whole"), random.Random(0), 0, 0
+    whole, partial = contents(tmp_path / "whole"), []
     assert len(whole) == 2 * 400
-    while kills < 10:
-        process = subprocess.Popen(
-            [sys.executable, f"{HERE}/augment.py", *flags("cut")], stdout=subprocess.PIPE, text=True
-        )
-        assert "shards to make" in process.stdout.readline()
-        time.sleep(rng.uniform(0, 0.3))
-        process.kill()
-        rest = process.communicate()[0]
-        kills += process.returncode == -signal.SIGKILL
+
+    def check():
         there = contents(tmp_path / "cut")
         assert all(there[name] == whole[name] for name in there)
-        partial += 0 < len(there) < len(whole)
-        if "preview.png" in rest:
-            shutil.rmtree(tmp_path / "cut")  # it ended before it was killed: from the start again
-    assert partial >= 8
+        partial.append(0 < len(there) < len(whole))
+        if len(there) == len(whole):
+            shutil.rmtree(tmp_path / "cut")  # from the start again
+
+    kill_at_random(50, 0.3, lambda: ["augment.py", *flags("cut")], check)
+    print(f"\naugment.py: 50 kills, {sum(partial)} with part of the set written")
+    assert sum(partial) >= 30
     subprocess.run([sys.executable, f"{HERE}/augment.py", *flags("cut")], check=True, capture_output=True)
     assert contents(tmp_path / "cut") == whole
     assert np.bincount(data.load(f"{tmp_path}/cut")[1]).tolist() == [800] * 3
@@ -2662,25 +2804,6 @@ def test_classifier_notes_validation_images_that_the_generator_saw(shards, synth
     assert (
         "note: the generator may have been trained on the validation images" in cli(capfd, "classifier.py", *flags)[1]
     )
-
-
-@pytest.mark.xdist_group("quick_start")  # one process trains it
-@pytest.mark.slow
-def test_classifier_synthetic_shapes_help_where_real_ones_are_few(quick_start):
-    """The whole chain: train, augment, classify with 20 real images of each class: a gain of many times its error."""
-    folder, _ = quick_start
-    start = time.time()
-    run = lambda *args: subprocess.run([sys.executable, *args], cwd=folder, check=True)  # noqa: E731
-    run(f"{HERE}/augment.py", "--out_dir=out-shapes", "--per_class=300")
-    drawn = (time.time() - start) / 60
-    few = ["--n_real=200", "--seeds=3", "--hidden=512", "--max_iters=800", "--arms=real,real+synthetic,real+real"]
-    run(f"{HERE}/classifier.py", "--dataset=shapes", "--out_dir=out-shapes", *few)
-    runs = data.read_json(f"{folder}/out-shapes/classifier.json")["runs"]
-    of = {arm: [r for r in runs if r["arm"] == arm] for arm in classifier.ARMS}
-    gain, half = classifier.difference(of["real+synthetic"], of["real"])
-    control, _ = classifier.difference(of["real+real"], of["real"])
-    print(f"\n{gain:+.1f} ± {half:.1f} points from synthetic shapes ({drawn:.1f} min to draw), control {control:+.1f}")
-    assert gain > 10 and gain > 5 * half and gain > 3 * abs(control)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3137,17 +3260,17 @@ def test_ablate_killed_and_resumed_gives_the_same_results(shards, tmp_path):
     found = {}
     for way in ("whole", "killed"):
         (root := tmp_path / way).mkdir()
-        process = ablate(shards, root, "tiny", "--seeds=1")
-        if way == "killed":
-            while "1 of 3" not in process.stdout.readline():
-                pass
-            time.sleep(1)  # in the middle of the next cell
+        process, kills, rng = ablate(shards, root, "tiny", "--seeds=1"), 0, random.Random(0)
+        while way == "killed" and kills < 8:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(2, 10))
+                break  # it is done
             process.kill()
             process.wait()
+            kills += 1
             process = ablate(shards, root, "tiny", "--seeds=1")
         text = process.communicate(timeout=300)[0]
-        assert process.returncode == 0 and "3 of 3" in text, text
-        assert ("1 of 3" in text) == (way == "whole")
+        assert process.returncode == 0 and "wrote" in text and (way == "whole" or kills >= 3), text
         found[way] = data.read_json(f"{root}/results/tiny.json")["runs"]
         assert (root / "results" / "tiny.md").read_text().count("\n| ") == 6  # title, rule, cells, real images
     assert found["whole"] == found["killed"] and len(found["whole"]) == 3

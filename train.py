@@ -340,7 +340,7 @@ while step < max_iters and not stopped:
     # Log. Nothing above waits for the device; this does. Processes agree here on whether to stop.
     if step == first_step + 1:
         seconds = time.time() - log_time
-        slow = device == "cpu" and seconds * (max_iters - step) > 2 * 86400
+        slow = device == "cpu" and not use_compile and seconds * (max_iters - step) > 2 * 86400
         advice = f"; about {duration(seconds * (max_iters - step))}: on a CPU try config/cifar_small.py" if slow else ""
         log(f"step {step:7d}  loss {losses.mean().item():.4f}  (first step: {seconds:.1f} s{advice})")
         log_step, log_time = step, time.time()
