@@ -3343,6 +3343,8 @@ def fake_cuda(monkeypatch):
 
     An operation on tensors of two devices is an error there, as on a GPU.
     """
+    if torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6 has no fake CUDA tensors without a driver")
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     return FakeTensorMode()
