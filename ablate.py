@@ -311,11 +311,15 @@ def table(name, content):
 
 
 def write_image(plan, content, path):
-    """A row of ten images per finished cell of the first seed, from the same noise."""
+    """A row of ten images per finished cell of the first seed, from the same noise.
+
+    The image stays as it is if work_dir no longer has the samples of one of them.
+    """
     finished = {(r["title"], r["seed"]) for r in content["runs"]}
     shown = [cell for cell in plan if (cell["title"], cell["seed"]) in finished and cell["seed"] == seed]
-    rows = [load_array(f"{cell['synthetic']}/images_00000.npy")[:10] for cell in shown]
-    tile(np.concatenate(rows), 10, [cell["title"] for cell in shown]).save(path)
+    paths = [f"{cell['synthetic']}/images_00000.npy" for cell in shown]
+    if all(map(os.path.exists, paths)):
+        tile(np.concatenate([load_array(p)[:10] for p in paths]), 10, [cell["title"] for cell in shown]).save(path)
 
 
 def main(name):

@@ -1870,22 +1870,22 @@ def test_train_killed_50_times_equals_an_uninterrupted_run(shards, tmp_path, cap
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ("SIGTERM", "a process killed"))
+@pytest.mark.parametrize("what", ("SIGTERM", "SIGINT", "a process killed"))
 def test_train_torchrun_that_is_stopped_can_be_resumed(what, shards, tmp_path):
-    """SIGTERM saves the step that it was at; if one process is killed, the other ends too. Both can be resumed."""
+    """A signal saves the step that it was at; if one process is killed, the other ends too. All can be resumed."""
     flags = tiny_flags(shards, str(tmp_path), max_iters=10**6, eval_interval=40)
     (host,) = start_torchrun(2, "train.py", *flags)
     while not (line := host.stdout.readline()).startswith("step      50 "):
         assert line
-    if what == "SIGTERM":
-        host.terminate()
+    if signalled := what.startswith("SIG"):
+        host.send_signal(getattr(signal, what))
     else:
         ranks = subprocess.run(["ps", "-o", "pid=", "--ppid", str(host.pid)], capture_output=True, text=True).stdout
         os.kill(int(ranks.split()[-1]), signal.SIGKILL)
     text = host.communicate(timeout=90)[0]
     step = ddpm.load_checkpoint(f"{tmp_path}/ckpt.pt")["step"]
-    assert host.returncode != 0 and (f"stopped by a signal at step {step}:" in text) == (what == "SIGTERM"), text
-    assert step >= 50 if what == "SIGTERM" else step >= 40 and step % 40 == 0
+    assert host.returncode != 0 and (f"stopped by a signal at step {step}:" in text) == signalled, text
+    assert step >= 50 if signalled else step >= 40 and step % 40 == 0
     assert [p.name for p in tmp_path.glob("*.tmp")] == []
     status, text = torchrun(2, "train.py", *flags, "--init_from=resume", f"--max_iters={step + 2}")
     assert status == 0 and f"steps {step} to {step + 2}" in text, text
@@ -3277,6 +3277,22 @@ def test_ablate_killed_and_resumed_gives_the_same_results(shards, tmp_path):
     assert len(list((tmp_path / "whole" / "out-ablate" / "models-20").glob("*"))) == 2  # two cells share a model
     refused = ablate(shards, tmp_path / "whole", "tiny", "--n=21").communicate()[0]
     assert "is of other settings (study)" in refused and "Traceback" not in refused
+
+
+def test_ablate_image_stays_when_the_samples_are_gone(tmp_path):
+    """So that a study can be given more seeds after work_dir was deleted."""
+    import ablate
+
+    plan, content = [], {"runs": []}
+    for title in ("a", "b"):
+        content["runs"].append(dict(title=title, seed=0))
+        plan.append(dict(title=title, seed=0, synthetic=str(tmp_path / title)))
+        data.write_shards(str(tmp_path / title), np.zeros((10, 8, 8, 3)), None, [])
+    ablate.write_image(plan, content, tmp_path / "image.png")
+    before = (tmp_path / "image.png").read_bytes()
+    shutil.rmtree(tmp_path / "a")
+    ablate.write_image(plan, content, tmp_path / "image.png")
+    assert (tmp_path / "image.png").read_bytes() == before
 
 
 def test_ablate_dry_run_lists_every_cell(capfd):
