@@ -2,6 +2,7 @@
 
 Contents, in the order of the README:
     helpers and fixtures
+    the whole chain
     ddpm.py           schedules and tables; network; images, noise and loss; guidance and samplers; checkpoints
     data.py           shards, batches, data sets
     configurator.py   settings, errors, device
@@ -443,6 +444,47 @@ def feature_sets(n=90, k=70, d=12):
     rng = np.random.default_rng(0)
     X, Y = rng.normal(1, 1, (n, d)), rng.normal(1.1, 1.1, (k, d)) * np.linspace(0.7, 1.2, d)
     return X.astype(np.float32), Y.astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the whole chain: first, since it takes longest
+
+
+@pytest.mark.slow
+def test_chain_of_the_quick_start(tmp_path):
+    """Two thirds of config/shapes.py: 95% of 500 images are of the class asked for; an untrained net scores 10%.
+
+    Then 20 real images of each class: synthetic ones beside them gain many times the gain's error.
+    """
+    start = time.time()
+    run = lambda *args: subprocess.run([sys.executable, *args], cwd=tmp_path, check=True)  # noqa: E731
+    run(f"{HERE}/train.py", "config/shapes.py", "--sample_interval=0", "--max_iters=1000")
+    minutes = (time.time() - start) / 60
+    net, real = shape_classifier()
+    y = torch.arange(500) % 10
+    scores = {}
+    model = ddpm.load_model(f"{tmp_path}/out-shapes/ckpt.pt")[0]
+    for w in (0.0, 1.8):
+        x = torch.cat([model.sample(y[s], w, 0, s.tolist(), "dpm++", 25) for s in torch.arange(500).split(100)])
+        scores[w] = (net(x).argmax(1) == y).float().mean().item()
+    fresh = DDPM(model.config)
+    x = torch.cat([fresh.sample(y[s], 0.0, 0, s.tolist(), "dpm++", 5) for s in torch.arange(500).split(100)])
+    untrained = (net(x).argmax(1) == y).float().mean().item()
+    print(
+        f"\nclassifier on real shapes {real:.1%}; as asked at w=0 {scores[0.0]:.1%}, at w=1.8 {scores[1.8]:.1%}, "
+        f"untrained {untrained:.1%}; training took {minutes:.1f} min on one core"
+    )
+    assert real >= 0.99 and scores[1.8] >= 0.95 and untrained < 0.2
+
+    run(f"{HERE}/augment.py", "--out_dir=out-shapes", "--per_class=300")
+    few = ["--n_real=200", "--seeds=3", "--hidden=512", "--max_iters=800", "--arms=real,real+synthetic,real+real"]
+    run(f"{HERE}/classifier.py", "--dataset=shapes", "--out_dir=out-shapes", *few)
+    runs = data.read_json(f"{tmp_path}/out-shapes/classifier.json")["runs"]
+    of = {arm: [r for r in runs if r["arm"] == arm] for arm in classifier.ARMS}
+    gain, half = classifier.difference(of["real+synthetic"], of["real"])
+    control, _ = classifier.difference(of["real+real"], of["real"])
+    print(f"{gain:+.1f} ± {half:.1f} points from synthetic shapes, control {control:+.1f}")
+    assert gain > 10 and gain > 5 * half and gain > 3 * abs(control)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2166,43 +2208,6 @@ def test_train_torchrun_says_what_is_wrong(shards, trained, tmp_path):
     assert status == 1 and "train.py: the processes differ in lr" in text, text
     status, text = torchrun(2, "sample.py", f"--out_dir={trained}", "--device=cpu")
     assert status == 1 and "start it with `python sample.py`" in text and not os.path.exists(f"{trained}/sample.png")
-
-
-@pytest.mark.slow
-def test_train_the_quick_start_and_the_chain_after_it(tmp_path):
-    """Two thirds of config/shapes.py: 95% of 500 images are of the class asked for; an untrained net scores 10%.
-
-    Then 20 real images of each class: synthetic ones beside them gain many times the gain's error.
-    """
-    start = time.time()
-    run = lambda *args: subprocess.run([sys.executable, *args], cwd=tmp_path, check=True)  # noqa: E731
-    run(f"{HERE}/train.py", "config/shapes.py", "--sample_interval=0", "--max_iters=1000")
-    minutes = (time.time() - start) / 60
-    net, real = shape_classifier()
-    y = torch.arange(500) % 10
-    scores = {}
-    model = ddpm.load_model(f"{tmp_path}/out-shapes/ckpt.pt")[0]
-    for w in (0.0, 1.8):
-        x = torch.cat([model.sample(y[s], w, 0, s.tolist(), "dpm++", 25) for s in torch.arange(500).split(100)])
-        scores[w] = (net(x).argmax(1) == y).float().mean().item()
-    fresh = DDPM(model.config)
-    x = torch.cat([fresh.sample(y[s], 0.0, 0, s.tolist(), "dpm++", 5) for s in torch.arange(500).split(100)])
-    untrained = (net(x).argmax(1) == y).float().mean().item()
-    print(
-        f"\nclassifier on real shapes {real:.1%}; as asked at w=0 {scores[0.0]:.1%}, at w=1.8 {scores[1.8]:.1%}, "
-        f"untrained {untrained:.1%}; training took {minutes:.1f} min on one core"
-    )
-    assert real >= 0.99 and scores[1.8] >= 0.95 and untrained < 0.2
-
-    run(f"{HERE}/augment.py", "--out_dir=out-shapes", "--per_class=300")
-    few = ["--n_real=200", "--seeds=3", "--hidden=512", "--max_iters=800", "--arms=real,real+synthetic,real+real"]
-    run(f"{HERE}/classifier.py", "--dataset=shapes", "--out_dir=out-shapes", *few)
-    runs = data.read_json(f"{tmp_path}/out-shapes/classifier.json")["runs"]
-    of = {arm: [r for r in runs if r["arm"] == arm] for arm in classifier.ARMS}
-    gain, half = classifier.difference(of["real+synthetic"], of["real"])
-    control, _ = classifier.difference(of["real+real"], of["real"])
-    print(f"{gain:+.1f} ± {half:.1f} points from synthetic shapes, control {control:+.1f}")
-    assert gain > 10 and gain > 5 * half and gain > 3 * abs(control)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
