@@ -233,6 +233,15 @@ def kill_at_random(kills, most, command, check):
     assert hits == kills
 
 
+def peak_memory(script, *flags):
+    """The largest resident memory of a script's process, in MB."""
+    code = "import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    code += "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"  # kB
+    command = [sys.executable, "-c", code, f"{HERE}/{script}", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE)
+    return int(done.stdout.split("peak ")[1]) / 1024
+
+
 def one_line(result):
     status, text = result
     assert status == 2 and "Traceback" not in text, text
@@ -1897,7 +1906,8 @@ def test_train_killed_50_times_equals_an_uninterrupted_run(shards, tmp_path, cap
     def check():
         if (cut / "ckpt.pt").exists():
             steps.append(ddpm.load_checkpoint(str(cut / "ckpt.pt"))["step"])
-            data.read_json(cut / "log.json") if (cut / "log.json").exists() else None
+        if (cut / "log.json").exists():
+            data.read_json(cut / "log.json")
 
     kill_at_random(50, 0.5, lambda: ["train.py", *flags(cut, "resume" if steps[-1] else "scratch")], check)
     assert steps == sorted(steps) and len(set(steps)) > 20
@@ -1935,14 +1945,10 @@ def test_train_torchrun_that_is_stopped_can_be_resumed(what, shards, tmp_path):
 
 @pytest.mark.slow
 def test_train_memory_does_not_grow_with_the_number_of_steps(shards, tmp_path):
-    code = "import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    code += "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"  # kB
     peak = {}
     for n in (200, 2200):
         flags = tiny_flags(shards, f"{tmp_path}/{n}", max_iters=n, eval_interval=100, log_interval=10)
-        command = [sys.executable, "-c", code, f"{HERE}/train.py", *flags]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peak[n] = int(done.stdout.split("peak ")[1]) / 1024
+        peak[n] = peak_memory("train.py", *flags)
     print("\npeak memory of train.py by steps:", {n: f"{mb:.0f} MB" for n, mb in peak.items()})
     assert peak[2200] - peak[200] < 20
 
@@ -2529,16 +2535,12 @@ def test_augment_memory_does_not_grow_with_the_number_of_images(tmp_path):
     model = DDPM(DDPMConfig(image_size=64, num_classes=10, arch="cnn", ch=4, ch_mult=(1,), timesteps=2, beta_end=0.999))
     os.makedirs(tmp_path / "out")
     write_checkpoint(f"{tmp_path}/out/ckpt.pt", model)
-    code = "import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    code += "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"  # kB
     peak = {}
     for n in (50, 1000):  # 6 and 123 MB of images
         flags = augment_flags(
             f"{tmp_path}/out", f"{tmp_path}/{n}", per_class=n, shard_size=100, batch_size=100, steps=1
         )
-        command = [sys.executable, "-c", code, f"{HERE}/augment.py", *flags]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE)
-        peak[n] = int(done.stdout.split("peak ")[1]) / 1024
+        peak[n] = peak_memory("augment.py", *flags)
     print("\npeak memory of augment.py by images per class (64x64):", {n: f"{mb:.0f} MB" for n, mb in peak.items()})
     assert peak[1000] - peak[50] < 60
 
