@@ -28,7 +28,7 @@ from contextlib import suppress
 import numpy as np
 import torch
 
-from configurator import HERE, catch_signals, configure, defaults_of, duration, run_config
+from configurator import HERE, catch_signals, configure, defaults_of, duration, lock_folder, run_config
 from data import load_array, read_json, save_json, tile
 from ddpm import LOSSES, SCHEDULES, UserError, atomic_write, check_choice, load_checkpoint
 
@@ -49,17 +49,17 @@ dry_run = False
 #   score: sample and score only these classes. share: of the budget.
 #   equal: images (the first cell sets how many steps all take) or minutes. loss: validation losses can be compared.
 
-CIFAR = dict(config="config/cifar_small.py", minutes=15, n=2000)
-CATS = dict(config="config/cats_frogs.py", minutes=10, n=1000)
+CIFAR = dict(config="config/cifar_small.py", minutes=15, n=(2000,))
+CATS = dict(config="config/cats_frogs.py", minutes=10, n=(1000,))
 CATS_ALONE = dict(classes="cat", conditional=False)
 STUDIES = {
     "schedules": dict(
         config="config/fashion_mnist.py",
         minutes=10,
-        n=2000,
+        n=(2000,),
         cells={f"{s}, {loss}": dict(schedule=s, loss=loss) for s in SCHEDULES for loss in LOSSES},
     ),
-    "linear_cosine": CIFAR | dict(cells={s: dict(schedule=s) for s in ("linear", "cosine")}, loss=True),
+    "linear_cosine": CIFAR | dict(cells={s: dict(schedule=s) for s in ("linear", "cosine")}),
     "weighting": CIFAR | dict(cells={w: dict(weighting=w) for w in ("simple", "vlb", "min_snr")}),
     "objective": CIFAR | dict(cells={o: dict(objective=o) for o in ("eps", "v", "x0")}),
     "timesteps": CIFAR | dict(cells={f"T = {T}": dict(timesteps=T) for T in (100, 500, 1000, 1500)}),
@@ -105,8 +105,8 @@ STUDIES = {
     "mistuned": dict(
         config="config/shapes.py",
         base=dict(schedule="linear"),
-        minutes=2.5,
-        n=500,
+        minutes=2,
+        n=(500,),
         cells={
             "as it should be": {},
             "lr 10 times too large": dict(lr=2e-2),
@@ -120,7 +120,7 @@ STUDIES = {
         },
     ),
 }
-OWN = dict(script="train.py", share=1, score="")  # keys that are not settings of a script
+CELL_KEYS = dict(script="train.py", share=1, score="")  # and defaults, of a cell that are not settings of a script
 SAMPLING = defaults_of("augment.py").keys() - defaults_of("train.py").keys()
 
 
@@ -134,19 +134,24 @@ def die_with_parent():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-IN_CHILD = die_with_parent if os.name == "posix" else None
+BEFORE_START = die_with_parent if os.name == "posix" else None
+
+
+def stop_if_signalled():
+    if signals:
+        raise UserError("stopped by a signal: run the same command again to continue")
 
 
 def run(command, log):
     """Runs a command with its output appended to a file, and passes a signal on to it. Raises UserError if it fails."""
     with open(log, "ab") as f:
-        process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, preexec_fn=IN_CHILD)
-        while process.poll() is None:
-            if signals:
-                process.terminate()
-            time.sleep(0.2)
+        process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, preexec_fn=BEFORE_START)
+    while process.poll() is None and not signals:
+        time.sleep(0.2)
     if signals:
-        raise UserError("stopped by a signal: run the same command again to continue")
+        process.terminate()  # once: a second signal would end it before it saves
+        process.wait()
+    stop_if_signalled()
     if process.returncode:
         with open(log, encoding="utf-8", errors="replace") as f:
             last = (f.read().strip().splitlines() or ["no output"])[-1]
@@ -156,7 +161,7 @@ def run(command, log):
 def steps_per_second(command, log):
     """The speed of a training command over 20 seconds, from its log lines; it is killed then."""
     with open(log, "wb") as f:
-        process = subprocess.Popen([*command, "--log_interval=5"], stdout=f, stderr=f, preexec_fn=IN_CHILD)
+        process = subprocess.Popen([*command, "--log_interval=5"], stdout=f, stderr=f, preexec_fn=BEFORE_START)
     marks = []  # (time, step) of each new line
     while process.poll() is None and not signals and (len(marks) < 3 or time.time() - marks[0][0] < 20):
         time.sleep(0.2)
@@ -166,6 +171,7 @@ def steps_per_second(command, log):
             marks.append((time.time(), steps[-1]))
     process.kill()
     process.wait()
+    stop_if_signalled()
     if len(marks) < 3:
         raise UserError(f"{' '.join(command[1:3])} … takes too few steps to be timed (see {log})")
     (start, first), (end, last) = marks[0], marks[-1]
@@ -187,44 +193,44 @@ def slug(text):
     return re.sub(r"[^a-zA-Z0-9.]+", "-", text).strip("-")
 
 
-def make_plan(study, folder):
+def make_plan(study, recipe, folder):
     """A dict for each seed and cell: its title, folders, and the commands that train, sample and score it.
 
-    Cells share a model when they differ only in sampling; with max_iters, also those of different studies.
+    recipe: train.py's settings with those of the study's config. Cells share a model when they differ only in sampling;
+    with max_iters, also those of different studies.
     """
     plan, models = [], f"{work_dir}/models-{max_iters}" if max_iters else f"{folder}/models"
-    recipe = {key: value for key, (value, _) in run_config(study["config"]).items()}
-    defaults = defaults_of("train.py") | recipe
-    digest = hashlib.sha256(repr(sorted(defaults.items())).encode()).hexdigest()[:6]  # of the recipe as it is now
+    digest = hashlib.sha256(repr(sorted(recipe.items())).encode()).hexdigest()[:6]
     for k in range(seed, seed + seeds):
-        for title, cell in study["cells"].items():
-            settings = study.get("base", {}) | cell
+        for title, own in study["cells"].items():
+            settings = study.get("base", {}) | own
             sampling = {key: settings.pop(key) for key in SAMPLING & settings.keys()}
-            script, share, score = (settings.pop(key, default) for key, default in OWN.items())
-            settings = {key: v for key, v in settings.items() if script != "train.py" or defaults.get(key) != v}
+            script, share, score = (settings.pop(key, default) for key, default in CELL_KEYS.items())
+            settings = {key: v for key, v in settings.items() if script != "train.py" or recipe.get(key) != v}
             of_budget = "" if share == 1 else f"{share} of "
             model = slug(f"{of_budget}{study['config']} {script} {settings or ''} {digest}")
             model_dir, cell_dir = f"{models}/{model}-{k}", f"{folder}/cell-{slug(title)}-{k}"
-            where = dict(data_dir=data_dir, device=device)
+            where = dict(out_dir=model_dir, data_dir=data_dir, device=device)
             config = [study["config"]] if script == "train.py" else []
-            train = [*python(script), *config, *flags(**settings, seed=k, out_dir=model_dir, **where)]
-            resume = [*python(script), *flags(init_from="resume", out_dir=model_dir, **where)]
+            train = [*python(script), *config, *flags(**settings, seed=k, **where)]
+            resume = [*python(script), *flags(init_from="resume", **where)]
             if script == "train.py":
-                synthetic = f"{cell_dir}/synthetic"
+                checkpoint, synthetic = f"{model_dir}/ckpt.pt", f"{cell_dir}/synthetic"
                 subset = dict(classes=score) if score else {}
-                how = dict(out_dir=model_dir, synthetic_dir=synthetic, device=device, **sampling, **subset)
-                sample = [*python("augment.py"), *flags(**how)]
+                options = dict(out_dir=model_dir, synthetic_dir=synthetic, device=device, **sampling, **subset)
+                sample = [*python("augment.py"), *flags(**options)]
             else:  # it samples itself
-                synthetic, sample = f"{model_dir}/synthetic", resume
-            real = dict(dataset=recipe.get("dataset", "cifar10"), data_dir=data_dir, device=device)
-            real |= dict(classes=score or settings.get("classes", recipe.get("classes", "")))
-            how = dict(samples=synthetic, out_dir=cell_dir, cache_dir=f"{work_dir}/features")
+                checkpoint, synthetic, sample = f"{model_dir}/gan.pt", f"{model_dir}/synthetic", resume
+            classes = score or settings.get("classes", recipe["classes"])
+            real = dict(dataset=recipe["dataset"], classes=classes, data_dir=data_dir, device=device)
+            score_flags = flags(samples=synthetic, out_dir=cell_dir, cache_dir=f"{work_dir}/features", **real)
             evaluate = {
-                k: [*python("evaluate.py"), *flags(**how, **real, n=k, allow_small_n=k <= 1280)] for k in study["n"]
+                count: [*python("evaluate.py"), *score_flags, *flags(n=count, allow_small_n=count <= 1280)]
+                for count in study["n"]
             }
-            plan.append(dict(title=title, seed=k, model=model, share=share, model_dir=model_dir, cell_dir=cell_dir))
-            plan[-1] |= dict(checkpoint=f"{model_dir}/{'ckpt' if script == 'train.py' else 'gan'}.pt", score=score)
-            plan[-1] |= dict(train=train, resume=resume, sample=sample, evaluate=evaluate, synthetic=synthetic)
+            cell = dict(title=title, seed=k, model=model, share=share, classes=classes, score=score)
+            cell |= dict(model_dir=model_dir, cell_dir=cell_dir, checkpoint=checkpoint, synthetic=synthetic)
+            plan.append(cell | dict(train=train, resume=resume, sample=sample, evaluate=evaluate))
     return plan
 
 
@@ -234,51 +240,52 @@ def python(script):
 
 def train_cell(cell, content, minutes, save):
     """Trains a cell's model, or goes on with it, for the steps of the study's budget."""
-    budgets = content["budgets"]  # {model: its steps and speed}
+    budgets = content["budgets"]  # {model: its steps}
     first = next(iter(budgets.values()), None)
     if cell["model"] not in budgets:
         if max_iters:
-            budgets[cell["model"]] = dict(steps=round(cell["share"] * max_iters))
+            budgets[cell["model"]] = round(cell["share"] * max_iters)
         elif first and content["study"].get("equal", "images") == "images":
-            budgets[cell["model"]] = dict(steps=first["steps"])
+            budgets[cell["model"]] = first
         else:
             trial = f"{cell['model_dir']}-trial"
             shutil.rmtree(trial, ignore_errors=True)
             os.makedirs(trial)
             speed = steps_per_second([*cell["train"], f"--out_dir={trial}"], f"{trial}.txt")
             shutil.rmtree(trial)
-            steps = math.ceil(60 * minutes * cell["share"] * speed)
-            budgets[cell["model"]] = dict(steps=steps, steps_per_second=speed)
+            budgets[cell["model"]] = math.ceil(60 * minutes * cell["share"] * speed)
         save()
-    steps = budgets[cell["model"]]["steps"]
-    log = f"{cell['model_dir']}/log.json"
-    done = read_json(log)["step"] if os.path.exists(log) else []
-    if not done or done[-1] < steps:
+    steps, exists = budgets[cell["model"]], os.path.exists(cell["checkpoint"])
+    if not exists or load_checkpoint(cell["checkpoint"], ("step",))["step"] < steps:
         os.makedirs(cell["model_dir"], exist_ok=True)
-        command = cell["resume" if os.path.exists(cell["checkpoint"]) else "train"]
-        run([*command, f"--max_iters={steps}"], f"{cell['model_dir']}/log.txt")
-    return steps
+        run([*cell["resume" if exists else "train"], f"--max_iters={steps}"], f"{cell['model_dir']}/log.txt")
 
 
 def sample_and_score(cell):
-    """The scores of a cell's samples as evaluate.py gives them, a dict for each n, and the batch size of its model."""
-    checkpoint = load_checkpoint(cell["checkpoint"], ("config",))
+    """What the table needs of a trained cell: a dict for each n."""
+    checkpoint = load_checkpoint(cell["checkpoint"], ("config", "step", "history"))
     K = checkpoint["num_classes"] if "num_classes" in checkpoint else checkpoint["model_args"]["num_classes"]
     per_class = math.ceil(max(cell["evaluate"]) / (len(cell["score"].split(",")) if cell["score"] else max(1, K)))
     os.makedirs(cell["cell_dir"], exist_ok=True)
     log = f"{cell['cell_dir']}/log.txt"
     run([*cell["sample"], f"--per_class={per_class}"], log)
-    scores = {}
-    for k, command in cell["evaluate"].items():
+    result = {key: cell[key] for key in ("title", "seed", "classes")} | dict(steps=checkpoint["step"])
+    result |= dict(images=checkpoint["step"] * checkpoint["config"]["batch_size"])
+    result |= dict(val_loss=(checkpoint["history"].get("val_loss") or [None])[-1])
+    results = []
+    for command in cell["evaluate"].values():
         run(command, log)
-        scores[k] = read_json(f"{cell['cell_dir']}/evaluate.json")["scores"]
-    return scores, checkpoint["config"]["batch_size"]
+        scores = read_json(f"{cell['cell_dir']}/evaluate.json")["scores"]
+        real = next(value for key, value in scores.items() if key.startswith("real"))
+        results.append(result | scores["samples"] | dict(real=real))
+    return results
 
 
-def mean_text(values, digits):
-    """Mean ± standard error; no error for counts (digits 0)."""
+def mean_text(values, scale, digits):
+    """Mean ± standard error of the scaled values; no error for counts (digits 0)."""
     if any(v is None for v in values):
         return ""
+    values = [scale * v for v in values]
     error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if digits and len(values) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{error}"
 
@@ -292,21 +299,17 @@ def table(name, content):
     columns |= {"precision": ("precision", 1, 3), "recall": ("recall", 1, 3)}
     if study.get("loss"):
         columns["validation loss"] = ("val_loss", 1, 4)
-    lines = [
-        f"`python ablate.py {name}{content['flags']}`, {study['config']}; {content['machine']}.",
-        "",
-    ]
+    lines = [f"`python ablate.py {name}{content['flags']}`, {study['config']}; {content['machine']}.", ""]
     lines += [f"| {' | '.join(['', 'seeds', *columns])} |", "| --- " * (len(columns) + 2) + "|"]
+
+    def add_row(title, count, runs):
+        texts = [mean_text([run.get(key) for run in runs], scale, digits) for key, scale, digits in columns.values()]
+        lines.append(f"| {' | '.join([title, str(count), *texts])} |")
+
     for (title, _), runs in cells.items():
-        texts = [
-            mean_text([None if r[key] is None else scale * r[key] for r in runs], digits)
-            for key, scale, digits in columns.values()
-        ]
-        lines.append(f"| {' | '.join([title, str(len(runs)), *texts])} |")
-    for real in {run["n"]: run["real"] for run in content["runs"]}.values():
-        values = [(real.get(key), scale, digits) for key, scale, digits in columns.values()]
-        texts = ["" if v is None else mean_text([scale * v], digits) for v, scale, digits in values]
-        lines.append(f"| {' | '.join(['real images', '', *texts])} |")
+        add_row(title, len(runs), runs)
+    for (classes, _), real in {(run["classes"], run["n"]): run["real"] for run in content["runs"]}.items():
+        add_row(f"real images {classes}".strip(), "", [real])
     return "\n".join([*lines, "", f"![{name}](results/{name}.png)", ""])
 
 
@@ -326,59 +329,53 @@ def main(name):
     check_choice("ablate.py STUDY", name, (*STUDIES, "report"))
     if name == "report":
         return report()
-    study = dict(STUDIES[name])
-    study |= dict(n=[n] if n else [study["n"]] if type(study["n"]) is int else list(study["n"]))
+    study = STUDIES[name] | dict(n=[n] if n else STUDIES[name]["n"])
+    recipe = defaults_of("train.py") | {key: value for key, (value, _) in run_config(study["config"]).items()}
     budget, folder, path = minutes or study["minutes"], f"{work_dir}/{name}", f"{results_dir}/{name}.json"
-    settings = dict(study=study, minutes=None if max_iters else budget, max_iters=max_iters, torch=torch.__version__)
-    settings = json.loads(json.dumps(settings))
-    plan = make_plan(study, folder)
+    settings = dict(study=study, recipe=recipe, minutes=None if max_iters else budget, max_iters=max_iters)
+    settings = json.loads(json.dumps(settings | dict(torch=torch.__version__)))
+    plan = make_plan(study, recipe, folder)
     trainings = len({cell["model_dir"] for cell in plan})
-    print(
-        f"{name}: {len(study['cells'])} cells x {seeds} seeds, {trainings} trainings of "
-        + (f"{max_iters} steps" if max_iters else f"{budget:g} minutes, equal {study.get('equal', 'images')}: "
-           f"about {duration(60 * (budget * trainings + 1.5 * len(plan)))}"),
-    )  # fmt: skip
+    length = f"{max_iters} steps" if max_iters else f"{budget:g} minutes, equal {study.get('equal', 'images')}: about "
+    length += "" if max_iters else duration(60 * (budget * trainings + 1.5 * len(plan)))
+    print(f"{name}: {len(study['cells'])} cells x {seeds} seeds, {trainings} trainings of {length}")
     if dry_run:
         for cell in plan:
             for command in (cell["train"], cell["sample"], *cell["evaluate"].values()):
                 print(f"{cell['title']}, seed {cell['seed']}: {shlex.join(['python', *command[1:]])}")
         return
-    content = settings | dict(runs=[], budgets={}, machine=machine(), flags=given_flags())
-    for kept in (path, f"{folder}/settings.json"):
-        if os.path.exists(kept):
-            old = read_json(kept)
-            for key, value in settings.items():
-                if old.get(key) != value:
-                    raise UserError(f"{kept} is of other settings ({key}): use another --results_dir and --work_dir")
-            content |= old
-    for needed in (folder, results_dir):
-        os.makedirs(needed, exist_ok=True)
-    save_json(f"{folder}/settings.json", settings)
-    save, start, made = lambda: save_json(path, content), time.time(), 0
+    lock_folder(folder)
+    os.makedirs(results_dir, exist_ok=True)
+    content = settings | dict(runs=[], budgets={}, machine=machine())
+    for earlier in (f"{folder}/settings.json", path):
+        if os.path.exists(earlier):
+            content |= (old := read_json(earlier))
+            if differing := [key for key, value in settings.items() if old.get(key) != value]:
+                raise UserError(
+                    f"{earlier} is of other settings ({differing[0]}): use another --results_dir and --work_dir"
+                )
+    shown = ("seeds", "seed", "minutes", "max_iters", "n")
+    content["flags"] = "".join(f" {flag}" for flag in flags(**{key: given[key] for key in shown if key in given}))
+
+    def save():
+        save_json(path, content)
+        save_json(f"{folder}/settings.json", settings | dict(budgets=content["budgets"]))
+
+    start, made = time.time(), 0
     for i, cell in enumerate(plan):
         if any((r["title"], r["seed"]) == (cell["title"], cell["seed"]) for r in content["runs"]):
             continue
-        steps = train_cell(cell, content, budget, save)
-        scores, batch_size = sample_and_score(cell)
-        log = read_json(f"{cell['model_dir']}/log.json")
-        result = dict(title=cell["title"], seed=cell["seed"], steps=steps, images=steps * batch_size)
-        result |= dict(val_loss=(log.get("val_loss") or [None])[-1])
-        for found in scores.values():
-            real = next(value for key, value in found.items() if key.startswith("real"))
-            content["runs"].append(result | found["samples"] | dict(real=real))
+        train_cell(cell, content, budget, save)
+        content["runs"] += (results := sample_and_score(cell))
         save()
         with atomic_write(f"{results_dir}/{name}.md") as f:
             f.write(table(name, content).encode())
         write_image(plan, content, f"{results_dir}/{name}.png")
         made += 1
         left = duration((time.time() - start) / made * (len(plan) - i - 1))
-        kd = ", ".join(f"KD {1000 * found['samples']['kd']:.2f}" for found in scores.values())
-        print(f"{i + 1:3d} of {len(plan)}  {cell['title']}, seed {cell['seed']}: {steps} steps, {kd}; {left} left")
+        kd = ", ".join(f"KD {1000 * result['kd']:.2f}" for result in results)
+        print(f"{i + 1:3d} of {len(plan)}  {cell['title']}, seed {cell['seed']}: {kd}; {left} left")
     print(f"wrote {path}, {results_dir}/{name}.md and {results_dir}/{name}.png")
-
-
-def given_flags():
-    return "".join(f" --{key}={value}" for key, value in given.items() if key in ("seeds", "minutes", "max_iters", "n"))
 
 
 def machine():
@@ -389,7 +386,7 @@ def machine():
 
 
 def report():
-    """Puts every results/STUDY.md into RESULTS.md, between <!-- STUDY --> and <!-- end -->."""
+    """Writes the table of every results/STUDY.json into RESULTS.md, between <!-- STUDY --> and <!-- end -->."""
     path = f"{HERE}/RESULTS.md"
     with open(path, encoding="utf-8") as f:
         text = f.read()

@@ -779,7 +779,7 @@ def load_checkpoint(path, keys=("model_args", "ema", "step")):
     Raises UserError if it is missing or damaged.
     """
     if not os.path.exists(path):
-        raise UserError(f"no checkpoint {path}: train one with `python train.py`, or give its folder with --out_dir")
+        raise UserError(f"no checkpoint {path}: train a model first, or give its folder with --out_dir")
     with reading(path):
         if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
             raise ValueError(f"checksum of {damaged}")

@@ -6,8 +6,8 @@ python gan.py --label_smoothing=0.1 --input_noise=0.1      two remedies against 
 python gan.py --init_from=resume --out_dir=out-gan         continue after a stop (Ctrl-C saves first)
 python gan.py --per_class=5000 --init_from=resume          write a synthetic set, as augment.py does, at the end
 
-Writes checkpoint gan.pt, log.json, grids from fixed noise, and training.gif of them. For square images of one size
-halved to 4 or an odd side, such as 32x32 and 28x28.
+Writes checkpoint gan.pt, log.json, grids from fixed noise, and training.gif of them. For square images whose side can
+be halved to 4 or to an odd number, such as 32 and 28.
 """
 
 import math
@@ -59,7 +59,7 @@ hflip = True
 conditional = True  # False: ignore the labels
 # networks
 z_dim = 100  # of the noise
-ch = 64  # width of the layers at full resolution; doubles with each halving
+ch = 64  # channels at half resolution; doubles with each further halving
 # optimisation
 batch_size = 64
 max_iters = 20_000  # steps, each of both networks
@@ -137,10 +137,12 @@ class Discriminator(nn.Module):
 config, given = configure(globals(), dict(sample_interval="[1, inf)", per_class="[0, inf)", ch="[1, 4096]"))
 check_choice("init_from", init_from, ("scratch", "resume"))
 checkpoint_path, checkpoint = os.path.join(out_dir, "gan.pt"), None
+if os.path.exists(os.path.join(out_dir, "ckpt.pt")):
+    raise UserError(f"{out_dir} holds a run of train.py: use another --out_dir")
 if init_from == "resume":
-    checkpoint = load_checkpoint(checkpoint_path, ("generator", "discriminator", "config"))
+    checkpoint = load_checkpoint(checkpoint_path, ("config", "trained_on", "step", "history"))
     with reading(checkpoint_path):
-        fixed = {"dataset", "classes", "conditional", "image_size", "ch", "z_dim"}
+        fixed = {"dataset", "classes", "val_fraction", "conditional", "image_size", "ch", "z_dim", "lr", "beta1"}
         apply_saved(checkpoint["config"], config, given, globals(), fixed)
 device, _, _ = setup_device(device, "float32", False)
 lock_folder(out_dir)
@@ -148,11 +150,12 @@ lock_folder(out_dir)
 (images, labels), _, names = load_splits(dataset, data_dir, image_size, classes)
 n_train = training_count(len(images), val_fraction)
 trained_on = dict(dataset=dataset, classes=classes, val_fraction=val_fraction, validation=fingerprint(images[n_train:]))
+if checkpoint and checkpoint["trained_on"] != trained_on:
+    raise UserError(f"{checkpoint_path} was trained on other images than {dataset} in {data_dir} has now")
 if not conditional or labels is None:
     labels, names = None, names if len(names) == 1 else []
-train_labels = None if labels is None else labels[:n_train]
-batches = Batches(images[:n_train], train_labels, batch_size, seed, hflip, device=device)
-K, size, channels = 0 if labels is None else len(names), images.shape[1], images.shape[3]
+K, size, channels = 0 if labels is None else len(names), *images.shape[2:]
+batches = Batches(images[:n_train], labels[:n_train] if K else None, batch_size, seed, hflip, device=device)
 if len(sides_of(size)) < 2:
     raise UserError(f"image_size: {size} cannot be halved down to 4 or an odd number")
 
@@ -166,11 +169,9 @@ if checkpoint:
     with reading(checkpoint_path):
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-    for optimizer in (G_optimizer, D_optimizer):
-        optimizer.param_groups[0].update(lr=lr, betas=(beta1, 0.999))
-sizes = [f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f}M" for net in (G, D)]
+G_size, D_size = (f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f}M" for net in (G, D))
 print(
-    f"generator {sizes[0]}, discriminator {sizes[1]} parameters on {device}; {n_train} training images of "
+    f"generator {G_size}, discriminator {D_size} parameters on {device}; {n_train} training images of "
     f"{(channels, size, size)}, {K or 'no'} classes; steps {step} to {max_iters}, batch {batch_size}",
     flush=True,
 )
@@ -190,8 +191,9 @@ def generate(y, indices):
 
 def save():
     content = {name: part.state_dict() for name, part in parts.items()}
+    content |= dict(step=step, history=history, config=config, trained_on=trained_on, num_classes=K)
     with atomic_write(checkpoint_path) as f:
-        torch.save(content | dict(step=step, history=history, config=config, num_classes=K), f)
+        torch.save(content, f)
     save_json(f"{out_dir}/log.json", history)
 
 
@@ -206,18 +208,19 @@ def save_gif():
     steps = sorted({*range(sample_interval, max_iters + 1, sample_interval), max_iters})
     frames = [Image.open(grid_path(k)) for k in steps if os.path.exists(grid_path(k))]
     if frames:
-        times = [200] * (len(frames) - 1) + [2000]  # ms
-        frames[0].save(f"{out_dir}/training.gif", save_all=True, append_images=frames[1:], loop=0, duration=times)
+        frames[0].save(f"{out_dir}/training.gif", save_all=True, append_images=frames[1:], loop=0, duration=200)  # ms
 
 
 def write_set():
     """per_class images of each class as shards with a manifest, in turn by class, as augment.py writes them."""
     folder, C, start = f"{out_dir}/synthetic", max(1, K), time.time()
+    lock_folder(folder)
+    save_json(f"{folder}/manifest.json", dict(complete=False, settings={}, shards={}))
     for path in shard_files(folder):
         os.remove(path)
     y, made = torch.arange(C).repeat(per_class), []
     for part in torch.arange(len(y)).split(500):
-        made.append(generate(y[part], (part + 2**30).tolist()))
+        made.append(generate(y[part], (part + 2**30).tolist()))  # not the noise of the grids
         progress("synthetic", (int(part[-1]) + 1) / len(y), start)
     write_shards(folder, torch.cat(made).numpy(), y.numpy() if names else None, names)
     hashes = {os.path.basename(p): file_hash(p) for p in shard_files(folder)}
@@ -227,29 +230,25 @@ def write_set():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
-signals, shown = catch_signals(), torch.arange(min(10, max(1, K))).repeat_interleave(8)
+signals, grid_labels = catch_signals(), torch.arange(min(10, max(1, K))).repeat_interleave(8)
 start, first_step = time.time(), step
-real_target, fake_target = 1 - label_smoothing, label_smoothing
+bce, ones = F.binary_cross_entropy_with_logits, torch.ones(batch_size, device=device)
 while step < max_iters and not signals:
     x, y = batches(step)
     torch.manual_seed(seed_of(seed + 1, step))
     z = torch.randn(len(x), z_dim, device=device)
     noise = input_noise * (1 - step / max_iters)
 
-    # Discriminator: real images towards real_target, generated ones towards fake_target.
+    # Discriminator: 1 for real images and 0 for generated ones, or smoothed.
     fake = G(z, y)
     d_real, d_fake = (D(v + noise * torch.randn_like(v), y) for v in (x, fake.detach()))
-    d_loss = sum(
-        F.binary_cross_entropy_with_logits(d, torch.full_like(d, target))
-        for d, target in ((d_real, real_target), (d_fake, fake_target))
-    )
+    d_loss = bce(d_real, (1 - label_smoothing) * ones) + bce(d_fake, label_smoothing * ones)
     D_optimizer.zero_grad()
     d_loss.backward()
     D_optimizer.step()
 
-    # Generator: generated images towards "real" (the non-saturating loss of Goodfellow et al., sec. 3).
-    d_fooled = D(fake + noise * torch.randn_like(fake), y)
-    g_loss = F.binary_cross_entropy_with_logits(d_fooled, torch.ones_like(d_fooled))
+    # Generator: 1 for generated images (the non-saturating loss of Goodfellow et al., sec. 3).
+    g_loss = bce(D(fake + noise * torch.randn_like(fake), y), ones)
     G_optimizer.zero_grad()
     g_loss.backward()
     G_optimizer.step()
@@ -269,7 +268,7 @@ while step < max_iters and not signals:
             flush=True,
         )
     if step % sample_interval == 0 or step == max_iters:
-        tile(generate(shown, range(len(shown))).numpy(), 8, names[:10] if K else ()).save(grid_path(step))
+        tile(generate(grid_labels, range(len(grid_labels))).numpy(), 8, names[:10] if K else ()).save(grid_path(step))
         save()
 
 if signals:

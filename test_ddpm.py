@@ -1182,7 +1182,7 @@ def test_ddpm_checkpoint_keys_are_the_plain_modules_and_ema_samples_differ(tmp_p
 
 def test_ddpm_a_damaged_checkpoint_is_one_line(tmp_path):
     path = str(tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match="train one with `python train.py`"):
+    with pytest.raises(UserError, match="train a model first"):
         ddpm.load_checkpoint(path)
     write_checkpoint(path, tiny())
     model, info = ddpm.load_model(path)
@@ -3153,13 +3153,27 @@ def gan_flags(shards, out_dir, **changes):
     return [f"--{k}={v}" for k, v in (settings | dict(sample_interval=2, device="cpu") | changes).items()]
 
 
-@pytest.mark.parametrize("how", (dict(), dict(conditional=False), dict(label_smoothing=0.1, input_noise=0.0)))
-def test_gan_a_resumed_run_equals_an_uninterrupted_one(how, shards, tmp_path, capfd):
+class SignalAfter(list):
+    """Stands for the list of catch_signals: a signal comes after n looks at it."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def __bool__(self):
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.mark.parametrize("how", (dict(), dict(conditional=False), dict(label_smoothing=0.1, input_noise=0.1)))
+def test_gan_a_resumed_run_equals_an_uninterrupted_one(how, shards, tmp_path, monkeypatch, capfd):
     whole, parts = f"{tmp_path}/whole", f"{tmp_path}/parts"
     assert cli(capfd, "gan.py", *gan_flags(shards, whole, **how))[0] == 0
-    assert cli(capfd, "gan.py", *gan_flags(shards, parts, **how, max_iters=4))[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(configurator, "catch_signals", lambda: SignalAfter(4))
+        status, text = cli(capfd, "gan.py", *gan_flags(shards, parts, **how))
+        assert status == 0 and "stopped by a signal at step 4" in text
     resume = ("--init_from=resume", f"--out_dir={parts}")
-    status, text = cli(capfd, "gan.py", *resume, "--max_iters=6")
+    status, text = cli(capfd, "gan.py", *resume)
     assert status == 0 and "steps 4 to 6" in text
     a, b = (torch.load(f"{folder}/gan.pt", weights_only=True) for folder in (whole, parts))
     for key in ("generator", "discriminator", "G_optimizer", "D_optimizer", "step", "history"):
@@ -3170,6 +3184,9 @@ def test_gan_a_resumed_run_equals_an_uninterrupted_one(how, shards, tmp_path, ca
 
     assert Image.open(f"{whole}/training.gif").n_frames == 3
     assert "ch: checkpoint 4, flag 8" in one_line(cli(capfd, "gan.py", *resume, "--ch=8"))
+    assert "val_fraction: checkpoint 0.1, flag 0.2" in one_line(cli(capfd, "gan.py", *resume, "--val_fraction=0.2"))
+    pathlib.Path(parts, "ckpt.pt").touch()
+    assert "holds a run of train.py" in one_line(cli(capfd, "gan.py", *resume))
 
 
 def test_gan_label_is_a_channel_of_both_networks(shards, tmp_path, capfd):
@@ -3286,6 +3303,25 @@ def test_ablate_killed_and_resumed_gives_the_same_results(shards, tmp_path):
     assert "is of other settings (study)" in refused and "Traceback" not in refused
 
 
+def test_ablate_passes_a_signal_on_once(tmp_path, monkeypatch):
+    """A second one would end a training before it saves."""
+    import ablate
+
+    log, saved = tmp_path / "log.txt", tmp_path / "saved"
+    lines = ("import time, configurator", "signals = configurator.catch_signals()", "print('ready', flush=True)")
+    lines += ("while not signals: time.sleep(0.01)", "time.sleep(1)", f"open({str(saved)!r}, 'w')")
+
+    class SignalWhenReady:
+        def __bool__(self):
+            return "ready" in log.read_text()
+
+    monkeypatch.setattr(ablate, "signals", SignalWhenReady(), raising=False)
+    monkeypatch.setenv("PYTHONPATH", HERE)
+    with pytest.raises(UserError, match="stopped by a signal"):
+        ablate.run([sys.executable, "-c", "\n".join(lines)], log)
+    assert saved.exists()
+
+
 def test_ablate_image_stays_when_the_samples_are_gone(tmp_path):
     """So that a study can be given more seeds after work_dir was deleted."""
     import ablate
@@ -3321,7 +3357,7 @@ def test_ablate_every_study_uses_settings_that_exist():
         for cell in study["cells"].values():
             script = (study.get("base", {}) | cell).get("script", "train.py")
             known = configurator.defaults_of(script).keys() | configurator.defaults_of("augment.py").keys()
-            assert set(study.get("base", {}) | cell) <= known | ablate.OWN.keys()
+            assert set(study.get("base", {}) | cell) <= known | ablate.CELL_KEYS.keys()
 
 
 @pytest.mark.parametrize(
@@ -3342,7 +3378,9 @@ def test_ablate_report_fills_in_the_tables(tmp_path, monkeypatch, capfd):
     import ablate
 
     scores = dict(fd=None, precision=0.5, recall=0.25, images=640, val_loss=0.1, n=100)
-    runs = [dict(title="a", seed=k, kd=0.01 * (k + 1), real=dict(n=100, kd=-0.001), **scores) for k in range(2)]
+    real = dict(n=100, kd=-0.001)
+    runs = [dict(title="a", seed=k, kd=0.01 * (k + 1), real=real, classes="cat", **scores) for k in range(2)]
+    runs.append(dict(title="b", seed=0, kd=0.01, real=real, classes="cat,frog", **scores))
     content = dict(study=dict(config="config/shapes.py", loss=True), flags=" --seeds=2", machine="here", runs=runs)
     (tmp_path / "results").mkdir()
     data.save_json(f"{tmp_path}/results/mistuned.json", content)
@@ -3352,7 +3390,8 @@ def test_ablate_report_fills_in_the_tables(tmp_path, monkeypatch, capfd):
     ablate.report()
     text = (tmp_path / "RESULTS.md").read_text()
     assert "| a | 2 | 100 | 640 |  | 15.00 ± 5.00 | 0.500 ± 0.000 | 0.250 ± 0.000 | 0.1000 ± 0.0000 |" in text
-    assert "| real images |  | 100 |  |  | -1.00 |" in text and "old" not in text
+    assert all(f"| real images {of} |  | 100 |  |  | -1.00 |" in text for of in ("cat", "cat,frog"))
+    assert "old" not in text
     assert text.startswith("before") and text.endswith("after\n") and "`python ablate.py mistuned --seeds=2`" in text
 
 
