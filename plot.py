@@ -1,6 +1,6 @@
 """Draws what a report shows, into out_dir/plot_WHAT.png. Needs `pip install '.[plot]'`.
 
-python plot.py schedules                                   beta, signal and noise of the four schedules
+python plot.py schedules                                   beta, signal and log-SNR of the four schedules
 python plot.py forward --dataset=cifar10                   an image noised along each of them
 python plot.py loss --logs=out/log.json,out-b/log.json     training, validation and test loss of any number of runs
 python plot.py confusion --results=out/classifier.json     confusion matrices of the arms, side by side
