@@ -3,7 +3,7 @@
 python ablate.py mistuned                       a gallery of mistakes on generated shapes
 python ablate.py schedules --seeds=2            two training runs of each cell; mean ± standard error in the table
 python ablate.py schedules --dry_run=True       lists the cells, their commands and the expected time
-python ablate.py report                         writes the tables of results/*.json into RESULTS.md
+python ablate.py report --results_dir=results   writes the tables of the committed results into RESULTS.md
 
 Every cell runs train.py (or gan.py), augment.py and evaluate.py as its own processes, with the budget and the noise of
 all the others. Resumable: run the same command again, even after kill -9.
@@ -40,7 +40,7 @@ max_iters = 0  # steps of each cell instead of minutes; 0: from the minutes
 n = 0  # images to sample and score, each cell; 0: the study's
 data_dir = "data"
 work_dir = "out-ablate"  # checkpoints, samples and logs; can be deleted when a study is done
-results_dir = "results"  # STUDY.json, STUDY.md and STUDY.png
+results_dir = "out-ablate"  # STUDY.json, STUDY.md and STUDY.png
 device = "auto"  # cuda, mps, cpu
 dry_run = False
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,8 +290,8 @@ def mean_text(values, scale, digits):
     return f"{statistics.fmean(values):.{digits}f}{error}"
 
 
-def table(name, content):
-    """The study as Markdown."""
+def table(name, content, image):
+    """The study as Markdown, with a link to its image."""
     study, cells = content["study"], {}
     for result in content["runs"]:
         cells.setdefault((result["title"], result["n"]), []).append(result)
@@ -310,7 +310,7 @@ def table(name, content):
         add_row(title, len(runs), runs)
     for (classes, _), real in {(run["classes"], run["n"]): run["real"] for run in content["runs"]}.items():
         add_row(f"real images {classes}".strip(), "", [real])
-    return "\n".join([*lines, "", f"![{name}](results/{name}.png)", ""])
+    return "\n".join([*lines, "", f"![{name}]({image})", ""])
 
 
 def write_image(plan, content, path):
@@ -369,7 +369,7 @@ def main(name):
         content["runs"] += (results := sample_and_score(cell))
         save()
         with atomic_write(f"{results_dir}/{name}.md") as f:
-            f.write(table(name, content).encode())
+            f.write(table(name, content, f"{name}.png").encode())
         write_image(plan, content, f"{results_dir}/{name}.png")
         made += 1
         left = duration((time.time() - start) / made * (len(plan) - i - 1))
@@ -386,13 +386,14 @@ def machine():
 
 
 def report():
-    """Writes the table of every results/STUDY.json into RESULTS.md, between <!-- STUDY --> and <!-- end -->."""
+    """Writes the table of every STUDY.json in results_dir into RESULTS.md, between <!-- STUDY --> and <!-- end -->."""
     path = f"{HERE}/RESULTS.md"
     with open(path, encoding="utf-8") as f:
         text = f.read()
     for name in STUDIES:
         if os.path.exists(f"{results_dir}/{name}.json"):
-            section = f"<!-- {name} -->\n{table(name, read_json(f'{results_dir}/{name}.json'))}<!-- end -->"
+            filled = table(name, read_json(f"{results_dir}/{name}.json"), f"{results_dir}/{name}.png")
+            section = f"<!-- {name} -->\n{filled}<!-- end -->"
             text, count = re.subn(rf"<!-- {name} -->.*?<!-- end -->", lambda _: section, text, flags=re.S)
             print(f"{name}: {'written' if count else f'RESULTS.md has no <!-- {name} --> … <!-- end -->'}")
     with atomic_write(path) as f:

@@ -3295,8 +3295,8 @@ def test_ablate_killed_and_resumed_gives_the_same_results(shards, tmp_path):
             process = ablate(shards, root, "tiny", "--seeds=1")
         text = process.communicate(timeout=300)[0]
         assert process.returncode == 0 and "wrote" in text and (way == "whole" or kills >= 3), text
-        found[way] = data.read_json(f"{root}/results/tiny.json")["runs"]
-        assert (root / "results" / "tiny.md").read_text().count("\n| ") == 6  # title, rule, cells, real images
+        found[way] = data.read_json(f"{root}/out-ablate/tiny.json")["runs"]
+        assert (root / "out-ablate" / "tiny.md").read_text().count("\n| ") == 6  # title, rule, cells, real images
     assert found["whole"] == found["killed"] and len(found["whole"]) == 3
     assert len(list((tmp_path / "whole" / "out-ablate" / "models-20").glob("*"))) == 2  # two cells share a model
     refused = ablate(shards, tmp_path / "whole", "tiny", "--n=21").communicate()[0]
