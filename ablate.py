@@ -46,7 +46,7 @@ dry_run = False
 # ---------------------------------------------------------------------------------------------------------------------
 # A study: config, base (settings of all cells), cells ({title: settings}), and how they are compared.
 #   Settings are keys of train.py (or of another `script`) and, if train.py does not have them, of augment.py.
-#   score: sample and score only these classes. share: of the budget.
+#   n: numbers of images to score. score: sample and score only these classes. share: of the budget.
 #   equal: images (the first cell sets how many steps all take) or minutes. loss: validation losses can be compared.
 
 CIFAR = dict(config="config/cifar_small.py", minutes=15, n=(2000,))

@@ -3270,7 +3270,7 @@ def ablate(shards, root, *flags, **how):
         f.write(f"dataset = {shards + '/shapes'!r}\n" + "".join(f"{k} = {v!r}\n" for k, v in small.items()))
     cells = {"cosine": dict(schedule="cosine", steps=3), "one step": dict(schedule="cosine", steps=1)}
     cells["DCGAN"] = dict(script="gan.py", dataset=f"{shards}/shapes")
-    study = dict(config=f"{root}/tiny.py", minutes=1, n=20, cells=cells)
+    study = dict(config=f"{root}/tiny.py", minutes=1, n=(20,), cells=cells)
     source = source.replace("STUDIES = {", f"STUDIES = {{'tiny': {study!r},", 1)
     with open(f"{root}/ablate.py", "w", encoding="utf-8") as f:
         f.write(source)
@@ -3354,6 +3354,7 @@ def test_ablate_every_study_uses_settings_that_exist():
     import ablate
 
     for study in ablate.STUDIES.values():
+        assert type(study["n"]) is tuple
         for cell in study["cells"].values():
             script = (study.get("base", {}) | cell).get("script", "train.py")
             known = configurator.defaults_of(script).keys() | configurator.defaults_of("augment.py").keys()
