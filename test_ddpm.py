@@ -2069,7 +2069,7 @@ def test_train_warns_of_classes_only_in_the_validation_split(tmp_path, capfd):
     "flags,said",
     (
         ("--init_from=resume", "no checkpoint"),
-        ("--init_from=resume", "no checkpoint"),
+        ("--init_from=resume", "train a model first"),
         ("--init_from=gpt2", "init_from: 'gpt2' is not scratch, resume or a checkpoint"),
         ("--init_from=PRETRAINED --ch=16", "ch: checkpoint 64, flag 16: it cannot change"),
         ("--attn_resolutions=5", "attn_resolutions: (5,), but the levels are 8, 4 wide"),
