@@ -33,7 +33,7 @@ image_size = 0  # 0: the data set's own
 val_fraction = 0.1  # share of the training split that chooses when to stop, the same images as in train.py
 out_dir = "out"  # results go here
 synthetic_dir = ""  # shards of augment.py; default out_dir/synthetic
-n_real = 0  # real training images, the same number of each class; 0: all
+n_real = 0  # real training images, the same number of each class, the same ones for every seed; 0: all
 n_synthetic = 0  # synthetic ones; 0: all
 # the comparison
 arms = (
@@ -348,23 +348,30 @@ ARMS = ("real", "real+synthetic", "synthetic", "real+real")
 
 def arm_images(arm, real, synthetic, n_real, n_synthetic, seed):
     """(images, labels) of an arm. real+real repeats real images where real+synthetic has synthetic ones."""
-    from_real, from_synthetic = balanced(real[1], n_real, seed), balanced(synthetic[1], n_synthetic, seed)
+    from_real, from_synthetic = balanced(real[1], n_real, 0), balanced(synthetic[1], n_synthetic, seed)
     parts = {"real": [(real, from_real)], "synthetic": [(synthetic, from_synthetic)]}
     parts["real+synthetic"] = parts["real"] + parts["synthetic"]
     parts["real+real"] = [(real, from_real), (real, np.resize(from_real, len(from_synthetic)))]
     return [np.concatenate([pair[i][index] for pair, index in parts[arm]]) for i in range(2)]
 
 
-def load_synthetic(folder, names, real_images, val_images):
-    """((images, labels), the manifest of augment.py or {}, a note or "") of a synthetic set."""
-    images, labels = load_samples(folder, real_images, names, data_dir)
-    if labels is None or images.shape[1:] != real_images.shape[1:]:
-        raise UserError(f"{folder}: images {images.shape[1:]}, expected {real_images.shape[1:]} with labels")
+def load_synthetic(folder, names, real, val_images):
+    """((images, labels), the manifest of augment.py or {}, a note or "") of a synthetic set.
+
+    real: the training images and labels. The note says which real images the generator was trained on.
+    """
+    images, labels = load_samples(folder, real[0], names, data_dir)
+    if labels is None or images.shape[1:] != real[0].shape[1:]:
+        raise UserError(f"{folder}: images {images.shape[1:]}, expected {real[0].shape[1:]} with labels")
     if not os.path.exists(f"{folder}/manifest.json"):
         return (images, labels), {}, ""
     manifest = {key: value for key, value in read_json(f"{folder}/manifest.json").items() if key != "shards"}
-    held_out = manifest.get("trained_on", {}).get("validation") == fingerprint(val_images)
-    note = "" if held_out else "note: the generator may have been trained on the validation images used here"
+    trained_on, note = manifest.get("trained_on", {}), f"the generator was trained on all {len(real[0])} real images"
+    if trained_on.get("validation") != fingerprint(val_images):
+        note = "note: the generator may have been trained on the validation images used here"
+    elif n := trained_on.get("n_real"):
+        same = n <= len(real[0]) and trained_on["training"] == fingerprint(real[0][balanced(real[1], n, 0)])
+        note = f"the generator was trained on {n} real images, {'' if same else 'not '}those that n_real={n} takes here"
     return (images, labels), manifest, note
 
 
@@ -407,7 +414,7 @@ def main(config):
     real, val_images, val_labels = (images[:n_train], labels[:n_train]), images[n_train:], labels[n_train:]
     synthetic, manifest, note = [a[:0] for a in real], {}, ""
     if amounts or chosen != ["real"]:
-        synthetic, manifest, note = load_synthetic(folder, names, images, val_images)
+        synthetic, manifest, note = load_synthetic(folder, names, real, val_images)
     content = dict(config=config, classes=names, device=on, torch=torch.__version__, synthetic=manifest, runs=[])
     path = os.path.join(out_dir, "classifier_amounts.json" if amounts else "classifier.json")
     os.makedirs(out_dir, exist_ok=True)

@@ -2065,6 +2065,33 @@ def test_train_warns_of_classes_only_in_the_validation_split(tmp_path, capfd):
     assert "warning" not in cli(capfd, "train.py", *flags, "--val_fraction=0.05")[1]
 
 
+def test_n_real_trains_on_the_images_that_the_classifier_takes(shards, tmp_path, capfd):
+    """Same weights as from a set of only these images; augment.py hands on which they were, classifier.py compares."""
+    images, labels, names = data.read_shards(f"{shards}/tiny/train")
+    n_train = data.training_count(len(images), 0.1)
+    kept = np.concatenate([data.balanced(labels[:n_train], 9, 0), np.arange(n_train, len(images))])
+    assert len(set(kept[:9])) == 9 and np.bincount(labels[kept[:9]]).tolist() == [3, 3, 3]
+    data.write_shards(f"{tmp_path}/few", images[kept], labels[kept], names)
+    few = dict(dataset=f"{tmp_path}/few", val_fraction=0.4)
+    for out_dir, changes in (("a", dict(n_real=9)), ("b", few), ("c", dict(n_real=12))):
+        status, text = cli(capfd, "train.py", *tiny_flags(shards, f"{tmp_path}/{out_dir}", **changes))
+        assert status == 0 and f"{12 if out_dir == 'c' else 9} training and 6 validation images" in text
+    a, b, c = (ddpm.load_checkpoint(f"{tmp_path}/{out_dir}/ckpt.pt") for out_dir in "abc")
+    assert all(v.equal(b["model"][k]) for k, v in a["model"].items())
+    assert not all(v.equal(c["model"][k]) for k, v in a["model"].items())
+    resumed = cli(capfd, "train.py", "--init_from=resume", f"--out_dir={tmp_path}/a", "--n_real=12", "--device=cpu")
+    assert "val_fraction, n_real or the data has changed" in one_line(resumed)
+
+    assert cli(capfd, "augment.py", *augment_flags(f"{tmp_path}/a", f"{tmp_path}/s"))[0] == 0
+    flags = classifier_flags(shards, f"{tmp_path}/mlp", f"{tmp_path}/s", seeds=1)
+    said = "the generator was trained on 9 real images, those that n_real=9 takes here"
+    assert said in cli(capfd, "classifier.py", *flags, "--n_real=9")[1]
+    manifest = data.read_json(f"{tmp_path}/s/manifest.json")
+    manifest["trained_on"]["training"] = data.fingerprint(images[:9])
+    data.save_json(f"{tmp_path}/s/manifest.json", manifest)
+    assert said.replace("those", "not those") in cli(capfd, "classifier.py", *flags, "--n_real=9")[1]
+
+
 @pytest.mark.parametrize(
     "flags,said",
     (
@@ -2101,7 +2128,7 @@ def test_train_warns_of_classes_only_in_the_validation_split(tmp_path, capfd):
         ("--lr=1e18 --min_lr=1e18 --max_iters=60 --eval_interval=2", "lower lr"),
         ("--lr=1e18 --min_lr=1e18 --max_iters=60 --eval_interval=2", "last checkpoint: step"),
         ("--init_from=resume --out_dir=TRAINED --ch=16", "ch: checkpoint 8, flag 16"),
-        ("--init_from=resume --out_dir=TRAINED --val_fraction=0.2", "not the checkpoint's validation images"),
+        ("--init_from=resume --out_dir=TRAINED --val_fraction=0.2", "not the checkpoint's images: val_fraction"),
     ),
 )
 def test_train_user_errors(flags, said, shards, trained, tmp_path, capfd):

@@ -15,6 +15,7 @@ import time
 import warnings
 from dataclasses import asdict, fields
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -31,7 +32,7 @@ from configurator import (
     resolve_guidance,
     setup_device,
 )
-from data import Batches, fingerprint, load_splits, save_json, tile, training_count
+from data import Batches, balanced, fingerprint, load_splits, save_json, tile, training_count
 from ddpm import (
     DDPM,
     EMA,
@@ -63,6 +64,7 @@ data_dir = "data"  # where data sets are kept
 classes = ""  # cat,frog keeps only these
 image_size = 0  # 0: the data set's own
 val_fraction = 0.1  # share of the training split used for validation; 0: none
+n_real = 0  # train on so many images, the same number of each class and the same as in classifier.py; 0: all
 hflip = True  # mirror half of the images
 crop = 1.0  # below 1: random resized crops of at least this share of the side
 # model (see DDPMConfig in ddpm.py)
@@ -149,14 +151,17 @@ if not conditional or labels is None:
     names = names if len(names) == 1 else []  # augment.py labels the images of a one-class model
 n_train = training_count(len(images), val_fraction)
 val_images, val_labels = images[n_train:], None if labels is None else labels[n_train:]
-unseen = [] if labels is None else sorted(set(val_labels.tolist()) - set(labels[:n_train].tolist()))
+chosen = balanced(np.zeros(n_train) if labels is None else labels[:n_train], n_real, 0)
+train_images, train_labels, n_train = images[chosen], None if labels is None else labels[chosen], len(chosen)
+unseen = [] if labels is None else sorted(set(val_labels.tolist()) - set(train_labels.tolist()))
 if unseen:
     log(f"warning: {', '.join(names[k] for k in unseen)}: only in the validation split, the last images of the set")
 trained_on = dict(dataset=dataset, classes=classes, val_fraction=val_fraction, validation=fingerprint(val_images))
+if n_real:
+    trained_on |= dict(n_real=n_real, training=fingerprint(train_images))
 if checkpoint and checkpoint.get("trained_on", trained_on) != trained_on:
-    raise UserError("resume: these are not the checkpoint's validation images: val_fraction or the data has changed")
-train_labels = None if labels is None else labels[:n_train]
-batches = Batches(images[:n_train], train_labels, batch_size, seed, hflip, crop, 0, device)
+    raise UserError("resume: these are not the checkpoint's images: val_fraction, n_real or the data has changed")
+batches = Batches(train_images, train_labels, batch_size, seed, hflip, crop, 0, device)
 if world > 1:
     compared = config | trained_on | {"images": len(images), "step": checkpoint and checkpoint["step"]}
     for key in ("data_dir", "dataset", "out_dir", "device"):  # hosts may keep the same images in different places
