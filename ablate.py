@@ -47,11 +47,14 @@ dry_run = False
 # A study: config, base (settings of all cells), cells ({title: settings}), and how they are compared.
 #   Settings are keys of train.py (or of another `script`) and, if train.py does not have them, of augment.py.
 #   n: numbers of images to score. score: sample and score only these classes. share: of the budget.
-#   equal: images (the first cell sets how many steps all take) or minutes. loss: validation losses can be compared.
+#   equal: images (the first cell sets how many steps all take) or minutes (each cell's speed is measured, except that
+#   of a cell `like` another, which takes as many steps). loss: validation losses can be compared.
 
 CIFAR = dict(config="config/cifar_small.py", minutes=15, n=(2000,))
 CATS = dict(config="config/cats_frogs.py", minutes=10, n=(1000,))
 CATS_ALONE = dict(classes="cat", conditional=False)
+CATS_AND_FROGS = dict(classes="cat,frog", conditional=True)
+UNGUIDED_DDPM = dict(script="train.py", w=0.0)
 STUDIES = {
     "schedules": dict(
         config="config/fashion_mnist.py",
@@ -80,6 +83,7 @@ STUDIES = {
     | dict(cells={f"{'EMA' if e else 'raw'}, w = {w:g}": dict(ema=e, w=w) for e in (True, False) for w in (0.0, 1.8)}),
     "conditional": CATS
     | dict(
+        base=dict(w=0.0),  # a model of one class cannot be guided
         cells={
             "cats, trained on cats": CATS_ALONE | dict(score="cat"),
             "cats, trained on both": dict(score="cat"),
@@ -93,13 +97,13 @@ STUDIES = {
         equal="minutes",
         cells={
             "DCGAN, cats": {},
-            "half the time": dict(share=0.5),
-            "label smoothing": dict(label_smoothing=0.1),
-            "noised inputs": dict(input_noise=0.1),
-            "both": dict(label_smoothing=0.1, input_noise=0.1),
-            "DDPM, cats": dict(script="train.py"),
-            "conditional DCGAN, cats + frogs": dict(classes="cat,frog", conditional=True),
-            "conditional DDPM, cats + frogs": dict(script="train.py", classes="cat,frog", conditional=True),
+            "half the time": dict(share=0.5, like="DCGAN, cats"),
+            "label smoothing": dict(label_smoothing=0.1, like="DCGAN, cats"),
+            "noised inputs": dict(input_noise=0.1, like="DCGAN, cats"),
+            "both": dict(label_smoothing=0.1, input_noise=0.1, like="DCGAN, cats"),
+            "DDPM, cats": UNGUIDED_DDPM,
+            "conditional DCGAN, cats + frogs": CATS_AND_FROGS | dict(like="DCGAN, cats"),
+            "conditional DDPM, cats + frogs": UNGUIDED_DDPM | CATS_AND_FROGS | dict(like="DDPM, cats"),
         },
     ),
     "mistuned": dict(
@@ -120,7 +124,7 @@ STUDIES = {
         },
     ),
 }
-CELL_KEYS = dict(script="train.py", share=1, score="")  # and defaults, of a cell that are not settings of a script
+CELL_KEYS = dict(script="train.py", share=1, score="", like="")  # of a cell, but not settings of a script; defaults
 SAMPLING = defaults_of("augment.py").keys() - defaults_of("train.py").keys()
 
 
@@ -199,13 +203,13 @@ def make_plan(study, recipe, folder):
     recipe: train.py's settings with those of the study's config. Cells share a model when they differ only in sampling;
     with max_iters, also those of different studies.
     """
-    plan, models = [], f"{work_dir}/models-{max_iters}" if max_iters else f"{folder}/models"
+    plan, model_of, models = [], {}, f"{work_dir}/models-{max_iters}" if max_iters else f"{folder}/models"
     digest = hashlib.sha256(repr(sorted(recipe.items())).encode()).hexdigest()[:6]
     for k in range(seed, seed + seeds):
         for title, own in study["cells"].items():
             settings = study.get("base", {}) | own
             sampling = {key: settings.pop(key) for key in SAMPLING & settings.keys()}
-            script, share, score = (settings.pop(key, default) for key, default in CELL_KEYS.items())
+            script, share, score, like = (settings.pop(key, default) for key, default in CELL_KEYS.items())
             settings = {key: v for key, v in settings.items() if script != "train.py" or recipe.get(key) != v}
             of_budget = "" if share == 1 else f"{share} of "
             model = slug(f"{of_budget}{study['config']} {script} {settings or ''} {digest}")
@@ -228,7 +232,9 @@ def make_plan(study, recipe, folder):
                 count: [*python("evaluate.py"), *score_flags, *flags(n=count, allow_small_n=count <= 1280)]
                 for count in study["n"]
             }
-            cell = dict(title=title, seed=k, model=model, share=share, classes=classes, score=score)
+            model_of[title] = model
+            cell = dict(title=title, seed=k, model=model, share=share, like=model_of.get(like))
+            cell |= dict(classes=classes, score=score)
             cell |= dict(model_dir=model_dir, cell_dir=cell_dir, checkpoint=checkpoint, synthetic=synthetic)
             plan.append(cell | dict(train=train, resume=resume, sample=sample, evaluate=evaluate))
     return plan
@@ -247,6 +253,8 @@ def train_cell(cell, content, minutes, save):
             budgets[cell["model"]] = round(cell["share"] * max_iters)
         elif first and content["study"].get("equal", "images") == "images":
             budgets[cell["model"]] = first
+        elif cell["like"]:
+            budgets[cell["model"]] = math.ceil(cell["share"] * budgets[cell["like"]])
         else:
             trial = f"{cell['model_dir']}-trial"
             shutil.rmtree(trial, ignore_errors=True)
