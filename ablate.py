@@ -3,10 +3,10 @@
 python ablate.py mistuned                       a gallery of mistakes on generated shapes
 python ablate.py schedules --seeds=2            two training runs of each cell; mean ± standard error in the table
 python ablate.py schedules --dry_run=True       lists the cells, their commands and the expected time
-python ablate.py report --results_dir=results   writes the tables of the committed results into RESULTS.md
+python ablate.py report                         writes the tables of results/ into RESULTS.md
 
-Every cell runs train.py (or gan.py), augment.py and evaluate.py as its own processes, with the budget and the noise of
-all the others. Resumable: run the same command again, even after kill -9.
+Every cell runs train.py (or gan.py), augment.py and evaluate.py as its own processes, with the same budget and, of one
+script, from the same noise. Resumable: run the same command again, even after kill -9.
 """
 
 import ctypes
@@ -23,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import suppress
 
 import numpy as np
 import torch
@@ -119,7 +118,7 @@ STUDIES = {
             "T = 50 with T = 500's betas": dict(timesteps=50),
             "half of the labels dropped": dict(p_uncond=0.5),
             "no EMA": dict(ema=False),
-            "guidance w = 12": dict(w=12.0, interval=()),
+            "guidance w = 12 at every step": dict(w=12.0, interval=()),
             "one step": dict(steps=1),
         },
     ),
@@ -132,18 +131,8 @@ SAMPLING = defaults_of("augment.py").keys() - defaults_of("train.py").keys()
 # processes
 
 
-def die_with_parent():
-    """In a child, on Linux: asks for SIGTERM when the parent is gone, even by kill -9."""
-    with suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-BEFORE_START = die_with_parent if os.name == "posix" else None
-
-
-def stop_if_signalled():
-    if signals:
-        raise UserError("stopped by a signal: run the same command again to continue")
+# In a child, on Linux: SIGTERM when the parent is gone, even by kill -9 (1 is PR_SET_PDEATHSIG).
+BEFORE_START = (lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM)) if sys.platform == "linux" else None
 
 
 def run(command, log):
@@ -155,8 +144,14 @@ def run(command, log):
     if signals:
         process.terminate()  # once: a second signal would end it before it saves
         process.wait()
-    stop_if_signalled()
-    if process.returncode:
+    check_ended(process.returncode, command, log)
+
+
+def check_ended(status, command, log):
+    """Raises UserError after a signal, or, if the process failed by itself, with the last line of its log."""
+    if signals:
+        raise UserError("stopped by a signal: run the same command again to continue")
+    if status:
         with open(log, encoding="utf-8", errors="replace") as f:
             last = (f.read().strip().splitlines() or ["no output"])[-1]
         raise UserError(f"{' '.join(command[1:3])} … failed: {last} (see {log})")
@@ -173,9 +168,10 @@ def steps_per_second(command, log):
             steps = [0, *map(int, re.findall(r"^step +(\d+)", f.read(), re.M))]
         if steps[-1] > (marks[-1][1] if marks else 0):
             marks.append((time.time(), steps[-1]))
+    status = process.poll()
     process.kill()
     process.wait()
-    stop_if_signalled()
+    check_ended(status, command, log)
     if len(marks) < 3:
         raise UserError(f"{' '.join(command[1:3])} … takes too few steps to be timed (see {log})")
     (start, first), (end, last) = marks[0], marks[-1]
@@ -184,8 +180,7 @@ def steps_per_second(command, log):
 
 def flags(**settings):
     """Settings as command-line flags."""
-    text = {key: ",".join(map(str, v)) if isinstance(v, (tuple, list)) else v for key, v in settings.items()}
-    return [f"--{key}={value}" for key, value in text.items()]
+    return [f"--{key}={','.join(map(str, v)) if isinstance(v, (tuple, list)) else v}" for key, v in settings.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,9 +215,8 @@ def make_plan(study, recipe, folder):
             resume = [*python(script), *flags(init_from="resume", **where)]
             if script == "train.py":
                 checkpoint, synthetic = f"{model_dir}/ckpt.pt", f"{cell_dir}/synthetic"
-                subset = dict(classes=score) if score else {}
-                options = dict(out_dir=model_dir, synthetic_dir=synthetic, device=device, **sampling, **subset)
-                sample = [*python("augment.py"), *flags(**options)]
+                options = dict(out_dir=model_dir, synthetic_dir=synthetic, device=device, classes=score)
+                sample = [*python("augment.py"), *flags(**options, **sampling)]
             else:  # it samples itself
                 checkpoint, synthetic, sample = f"{model_dir}/gan.pt", f"{model_dir}/synthetic", resume
             classes = score or settings.get("classes", recipe["classes"])
@@ -244,7 +238,7 @@ def python(script):
     return [sys.executable, f"{HERE}/{script}"]
 
 
-def train_cell(cell, content, minutes, save):
+def train_cell(cell, content, save):
     """Trains a cell's model, or goes on with it, for the steps of the study's budget."""
     budgets = content["budgets"]  # {model: its steps}
     first = next(iter(budgets.values()), None)
@@ -261,7 +255,7 @@ def train_cell(cell, content, minutes, save):
             os.makedirs(trial)
             speed = steps_per_second([*cell["train"], f"--out_dir={trial}"], f"{trial}.txt")
             shutil.rmtree(trial)
-            budgets[cell["model"]] = math.ceil(60 * minutes * cell["share"] * speed)
+            budgets[cell["model"]] = math.ceil(60 * content["minutes"] * cell["share"] * speed)
         save()
     steps, exists = budgets[cell["model"]], os.path.exists(cell["checkpoint"])
     if not exists or load_checkpoint(cell["checkpoint"], ("step",))["step"] < steps:
@@ -272,7 +266,7 @@ def train_cell(cell, content, minutes, save):
 def sample_and_score(cell):
     """What the table needs of a trained cell: a dict for each n."""
     checkpoint = load_checkpoint(cell["checkpoint"], ("config", "step", "history"))
-    K = checkpoint["num_classes"] if "num_classes" in checkpoint else checkpoint["model_args"]["num_classes"]
+    K = checkpoint.get("model_args", checkpoint)["num_classes"]
     per_class = math.ceil(max(cell["evaluate"]) / (len(cell["score"].split(",")) if cell["score"] else max(1, K)))
     os.makedirs(cell["cell_dir"], exist_ok=True)
     log = f"{cell['cell_dir']}/log.txt"
@@ -283,9 +277,8 @@ def sample_and_score(cell):
     results = []
     for command in cell["evaluate"].values():
         run(command, log)
-        scores = read_json(f"{cell['cell_dir']}/evaluate.json")["scores"]
-        real = next(value for key, value in scores.items() if key.startswith("real"))
-        results.append(result | scores["samples"] | dict(real=real))
+        samples, real = read_json(f"{cell['cell_dir']}/evaluate.json")["scores"].values()
+        results.append(result | samples | dict(real=real, machine=machine()))
     return results
 
 
@@ -307,7 +300,8 @@ def table(name, content, image):
     columns |= {"precision": ("precision", 1, 3), "recall": ("recall", 1, 3)}
     if study.get("loss"):
         columns["validation loss"] = ("val_loss", 1, 4)
-    lines = [f"`python ablate.py {name}{content['flags']}`, {study['config']}; {content['machine']}.", ""]
+    machines = "; ".join(dict.fromkeys(run.get("machine") or content["machine"] for run in content["runs"]))
+    lines = [f"`python ablate.py {name}{content['flags']}`, {study['config']}; {machines}.", ""]
     lines += [f"| {' | '.join(['', 'seeds', *columns])} |", "| --- " * (len(columns) + 2) + "|"]
 
     def add_row(title, count, runs):
@@ -316,15 +310,16 @@ def table(name, content, image):
 
     for (title, _), runs in cells.items():
         add_row(title, len(runs), runs)
-    for (classes, _), real in {(run["classes"], run["n"]): run["real"] for run in content["runs"]}.items():
-        add_row(f"real images {classes}".strip(), "", [real])
+    for (classes, count), real in {(run["classes"], run["n"]): run["real"] for run in content["runs"]}.items():
+        if real["n"] == count:  # not more than the test split holds
+            add_row(f"real images {classes}".strip(), "", [real])
     return "\n".join([*lines, "", f"![{name}]({image})", ""])
 
 
 def write_image(plan, content, path):
     """A row of ten images per finished cell of the first seed, from the same noise.
 
-    The image stays as it is if work_dir no longer has the samples of one of them.
+    Leaves the image alone if work_dir no longer has the samples of every cell.
     """
     finished = {(r["title"], r["seed"]) for r in content["runs"]}
     shown = [cell for cell in plan if (cell["title"], cell["seed"]) in finished and cell["seed"] == seed]
@@ -336,7 +331,7 @@ def write_image(plan, content, path):
 def main(name):
     check_choice("ablate.py STUDY", name, (*STUDIES, "report"))
     if name == "report":
-        return report()
+        return report(given.get("results_dir", "results"))
     study = STUDIES[name] | dict(n=[n] if n else STUDIES[name]["n"])
     recipe = defaults_of("train.py") | {key: value for key, (value, _) in run_config(study["config"]).items()}
     budget, folder, path = minutes or study["minutes"], f"{work_dir}/{name}", f"{results_dir}/{name}.json"
@@ -344,37 +339,46 @@ def main(name):
     settings = json.loads(json.dumps(settings | dict(torch=torch.__version__)))
     plan = make_plan(study, recipe, folder)
     trainings = len({cell["model_dir"] for cell in plan})
-    length = f"{max_iters} steps" if max_iters else f"{budget:g} minutes, equal {study.get('equal', 'images')}: about "
-    length += "" if max_iters else duration(60 * (budget * trainings + 1.5 * len(plan)))
+    length = f"{max_iters} steps" if max_iters else f"{budget:g} minutes (equal {study.get('equal', 'images')}), about "
+    length += "" if max_iters else f"{duration(60 * (budget * trainings + 1.5 * len(plan)))} in all"
     print(f"{name}: {len(study['cells'])} cells x {seeds} seeds, {trainings} trainings of {length}")
     if dry_run:
+        print("--max_iters of the trainings and --per_class of the samples are added when they are known")
         for cell in plan:
             for command in (cell["train"], cell["sample"], *cell["evaluate"].values()):
                 print(f"{cell['title']}, seed {cell['seed']}: {shlex.join(['python', *command[1:]])}")
         return
-    lock_folder(folder)
+    lock_folder(work_dir)
+    os.makedirs(folder, exist_ok=True)
     os.makedirs(results_dir, exist_ok=True)
-    content = settings | dict(runs=[], budgets={}, machine=machine())
+    content = settings | dict(runs=[], budgets={})
     for earlier in (f"{folder}/settings.json", path):
         if os.path.exists(earlier):
             content |= (old := read_json(earlier))
             if differing := [key for key, value in settings.items() if old.get(key) != value]:
                 raise UserError(
-                    f"{earlier} is of other settings ({differing[0]}): use another --results_dir and --work_dir"
+                    f"{earlier} was made with another {differing[0]}: use another --results_dir and --work_dir"
                 )
-    shown = ("seeds", "seed", "minutes", "max_iters", "n")
-    content["flags"] = "".join(f" {flag}" for flag in flags(**{key: given[key] for key in shown if key in given}))
+    shown = {key: f"{given[key]:g}" for key in ("minutes", "max_iters", "n") if key in given}
+    content["flags"] = "".join(f" {flag}" for flag in flags(**shown))
 
     def save():
         save_json(path, content)
         save_json(f"{folder}/settings.json", settings | dict(budgets=content["budgets"]))
 
-    start, made = time.time(), 0
+    start, made, failed = time.time(), 0, 0
     for i, cell in enumerate(plan):
         if any((r["title"], r["seed"]) == (cell["title"], cell["seed"]) for r in content["runs"]):
             continue
-        train_cell(cell, content, budget, save)
-        content["runs"] += (results := sample_and_score(cell))
+        try:
+            train_cell(cell, content, save)
+            content["runs"] += (results := sample_and_score(cell))
+        except UserError as error:
+            if signals:
+                raise
+            print(f"{cell['title']}, seed {cell['seed']}: {error}")
+            failed += 1
+            continue
         save()
         with atomic_write(f"{results_dir}/{name}.md") as f:
             f.write(table(name, content, f"{name}.png").encode())
@@ -383,6 +387,8 @@ def main(name):
         left = duration((time.time() - start) / made * (len(plan) - i - 1))
         kd = ", ".join(f"KD {1000 * result['kd']:.2f}" for result in results)
         print(f"{i + 1:3d} of {len(plan)}  {cell['title']}, seed {cell['seed']}: {kd}; {left} left")
+    if failed:
+        raise UserError(f"{failed} of {len(plan)} cells failed: the same command tries them again")
     print(f"wrote {path}, {results_dir}/{name}.md and {results_dir}/{name}.png")
 
 
@@ -393,14 +399,14 @@ def machine():
     return f"commit {commit}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def report():
-    """Writes the table of every STUDY.json in results_dir into RESULTS.md, between <!-- STUDY --> and <!-- end -->."""
+def report(folder):
+    """Writes the table of every STUDY.json in a folder into RESULTS.md, between <!-- STUDY --> and <!-- end -->."""
     path = f"{HERE}/RESULTS.md"
     with open(path, encoding="utf-8") as f:
         text = f.read()
     for name in STUDIES:
-        if os.path.exists(f"{results_dir}/{name}.json"):
-            filled = table(name, read_json(f"{results_dir}/{name}.json"), f"{results_dir}/{name}.png")
+        if os.path.exists(f"{folder}/{name}.json"):
+            filled = table(name, read_json(f"{folder}/{name}.json"), f"{folder}/{name}.png")
             section = f"<!-- {name} -->\n{filled}<!-- end -->"
             text, count = re.subn(rf"<!-- {name} -->.*?<!-- end -->", lambda _: section, text, flags=re.S)
             print(f"{name}: {'written' if count else f'RESULTS.md has no <!-- {name} --> … <!-- end -->'}")

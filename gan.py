@@ -75,12 +75,13 @@ per_class = 0  # above 0: at the end write so many images of each class to out_d
 # networks
 
 
-def sides_of(size):
-    """The sides of the feature maps, halved from size while even and above 4: 32 -> [32, 16, 8, 4]."""
-    sides = [size]
-    while sides[-1] % 2 == 0 and sides[-1] > 4:
-        sides.append(sides[-1] // 2)
-    return sides
+def side_and_widths(size):
+    """The side of the smallest feature map and the channels of all, the largest first: 32 -> 4, [ch, 2 ch, 4 ch]."""
+    widths = []
+    while size % 2 == 0 and size > 4:
+        size //= 2
+        widths.append(ch * 2 ** len(widths))
+    return size, widths
 
 
 def init_dcgan(module):
@@ -96,8 +97,7 @@ class Generator(nn.Module):
 
     def __init__(self, size, channels, K):
         super().__init__()
-        *_, side = sides = sides_of(size)
-        widths = [ch * 2**i for i in range(len(sides) - 1)]  # of the maps below full resolution, the largest map first
+        side, widths = side_and_widths(size)
         self.project, self.shape = nn.Linear(z_dim, widths[-1] * side**2), (widths[-1], side, side)
         self.label = nn.Embedding(K, side**2) if K else None  # one more channel
         inputs = [widths[-1] + bool(K), *widths[-2::-1]]
@@ -118,10 +118,10 @@ class Discriminator(nn.Module):
 
     def __init__(self, size, channels, K):
         super().__init__()
-        *_, side = sides = sides_of(size)
+        side, widths = side_and_widths(size)
         self.label = nn.Embedding(K, size**2) if K else None
-        widths, layers = [channels + bool(K), *(ch * 2**i for i in range(len(sides) - 1))], []
-        for a, b in zip(widths, widths[1:]):
+        layers = []
+        for a, b in zip([channels + bool(K), *widths], widths):
             layers += [nn.Conv2d(a, b, 4, stride=2, padding=1), nn.BatchNorm2d(b), nn.LeakyReLU(0.2)]
         del layers[1]  # no norm at the input
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * side**2, 1))
@@ -139,6 +139,8 @@ check_choice("init_from", init_from, ("scratch", "resume"))
 checkpoint_path, checkpoint = os.path.join(out_dir, "gan.pt"), None
 if os.path.exists(os.path.join(out_dir, "ckpt.pt")):
     raise UserError(f"{out_dir} holds a run of train.py: use another --out_dir")
+if init_from == "scratch" and os.path.exists(checkpoint_path):
+    raise UserError(f"{out_dir} holds an earlier run: continue it with --init_from=resume, or use another --out_dir")
 if init_from == "resume":
     checkpoint = load_checkpoint(checkpoint_path, ("config", "trained_on", "step", "history"))
     with reading(checkpoint_path):
@@ -156,7 +158,7 @@ if not conditional or labels is None:
     labels, names = None, names if len(names) == 1 else []
 K, size, channels = 0 if labels is None else len(names), *images.shape[2:]
 batches = Batches(images[:n_train], labels[:n_train] if K else None, batch_size, seed, hflip, device=device)
-if len(sides_of(size)) < 2:
+if not side_and_widths(size)[1]:
     raise UserError(f"image_size: {size} cannot be halved down to 4 or an odd number")
 
 torch.manual_seed(seed)
@@ -186,7 +188,7 @@ def generate(y, indices):
     """Images (n, H, W, C) uint8 for labels y (n,); image k has noise indices[k] of the seed."""
     z = image_noise([make_generator(seed, k) for k in indices], (z_dim,), device)
     with evaluating(G):
-        return to_uint8(G(z, y.to(device) if K else None)).cpu()
+        return to_uint8(G(z, y.to(device))).cpu()
 
 
 def save():
@@ -220,10 +222,12 @@ def write_set():
         os.remove(path)
     y, made = torch.arange(C).repeat(per_class), []
     for part in torch.arange(len(y)).split(500):
+        if signals:
+            raise UserError("stopped by a signal before the set was complete: --init_from=resume writes it again")
         made.append(generate(y[part], (part + 2**30).tolist()))  # not the noise of the grids
         progress("synthetic", (int(part[-1]) + 1) / len(y), start)
     write_shards(folder, torch.cat(made).numpy(), y.numpy() if names else None, names)
-    hashes = {os.path.basename(p): file_hash(p) for p in shard_files(folder)}
+    hashes = {os.path.basename(p): file_hash(p) for p in (*shard_files(folder), f"{folder}/classes.json")}
     save_json(f"{folder}/manifest.json", dict(complete=True, settings=config, shards=hashes, trained_on=trained_on))
     print(f"{len(y)} images in {folder}")
 

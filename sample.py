@@ -127,11 +127,12 @@ if rows or columns:
 else:
     frames = {} if gif else None
     titles = [names[k] for k in shown if names]
-    save(tile(sample(grid[0][0][2], "sampling", frames).numpy(), per_class, titles), "sample.png")
+    width = per_class if names else min(8, per_class)  # of the grid; a row per class
+    save(tile(sample(grid[0][0][2], "sampling", frames).numpy(), width, titles), "sample.png")
     noise = image_noise([make_generator(seed, k) for k in range(len(labels))], model.shape)
-    save(tile(to_uint8(noise / 3).numpy(), per_class, titles), "noise.png")
+    save(tile(to_uint8(noise / 3).numpy(), width, titles), "noise.png")
     if gif:
         times = sorted({*range(0, len(frames), max(1, len(frames) // 50)), max(frames)})
-        sheets = [tile(torch.cat(frames[i])[: len(labels)].numpy(), per_class, titles) for i in times]
+        sheets = [tile(torch.cat(frames[i])[: len(labels)].numpy(), width, titles) for i in times]
         durations = [80] * (len(sheets) - 1) + [2000]  # ms
         save(sheets[0], "denoising.gif", save_all=True, append_images=sheets[1:], loop=0, duration=durations)

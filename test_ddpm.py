@@ -2413,6 +2413,10 @@ def test_augment_of_a_class_subset_and_of_an_unconditional_model(trained, shards
     assert cli(capfd, "augment.py", *augment_flags(f"{tmp_path}/u", ""))[0] == 0
     images, labels, names = data.load(f"{tmp_path}/u/synthetic")
     assert images.shape == (7, 8, 8, 3) and labels is None and names == []
+    assert cli(capfd, "sample.py", f"--out_dir={tmp_path}/u", "--num_samples=12", "--device=cpu")[0] == 0
+    from PIL import Image
+
+    assert Image.open(f"{tmp_path}/u/sample.png").size == (8 * 18 + 2, 2 * 18 + 2)  # no classes: rows of eight
 
 
 @pytest.mark.parametrize(
@@ -3212,6 +3216,10 @@ def test_gan_a_resumed_run_equals_an_uninterrupted_one(how, shards, tmp_path, mo
     assert Image.open(f"{whole}/training.gif").n_frames == 3
     assert "ch: checkpoint 4, flag 8" in one_line(cli(capfd, "gan.py", *resume, "--ch=8"))
     assert "val_fraction: checkpoint 0.1, flag 0.2" in one_line(cli(capfd, "gan.py", *resume, "--val_fraction=0.2"))
+    assert "holds an earlier run" in one_line(cli(capfd, "gan.py", *gan_flags(shards, parts, **how)))
+    with monkeypatch.context() as patch:
+        patch.setattr(configurator, "catch_signals", lambda: SignalAfter(1))
+        assert "before the set was complete" in one_line(cli(capfd, "gan.py", *resume, "--per_class=2"))
     pathlib.Path(parts, "ckpt.pt").touch()
     assert "holds a run of train.py" in one_line(cli(capfd, "gan.py", *resume))
 
@@ -3327,7 +3335,7 @@ def test_ablate_killed_and_resumed_gives_the_same_results(shards, tmp_path):
     assert found["whole"] == found["killed"] and len(found["whole"]) == 3
     assert len(list((tmp_path / "whole" / "out-ablate" / "models-20").glob("*"))) == 2  # two cells share a model
     refused = ablate(shards, tmp_path / "whole", "tiny", "--n=21").communicate()[0]
-    assert "is of other settings (study)" in refused and "Traceback" not in refused
+    assert "was made with another study" in refused and "Traceback" not in refused
 
 
 def test_ablate_passes_a_signal_on_once(tmp_path, monkeypatch):
@@ -3347,6 +3355,51 @@ def test_ablate_passes_a_signal_on_once(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="stopped by a signal"):
         ablate.run([sys.executable, "-c", "\n".join(lines)], log)
     assert saved.exists()
+
+
+def test_ablate_shows_why_a_timed_training_failed(tmp_path, monkeypatch):
+    import ablate
+
+    monkeypatch.setattr(ablate, "signals", [], raising=False)
+    with pytest.raises(UserError, match="no network"):
+        ablate.steps_per_second([sys.executable, "-c", "raise SystemExit('no network')"], tmp_path / "log.txt")
+
+
+def test_ablate_cells_of_equal_cost_take_equally_many_steps(tmp_path, monkeypatch):
+    """A speed measured twice differs, so a cell `like` another takes its steps."""
+    import ablate
+
+    speeds = iter((3.0, 2.0))
+    monkeypatch.setattr(ablate, "work_dir", str(tmp_path))
+    monkeypatch.setattr(ablate, "run", lambda command, log: None)
+    monkeypatch.setattr(ablate, "steps_per_second", lambda command, log: next(speeds))
+    study, content = ablate.STUDIES["gan"], dict(study=ablate.STUDIES["gan"], budgets={}, minutes=1)
+    plan = ablate.make_plan(study, configurator.defaults_of("train.py"), str(tmp_path))
+    for cell in plan:
+        ablate.train_cell(cell, content, lambda: None)
+    steps = [content["budgets"][cell["model"]] for cell in plan]
+    assert steps == [180, 90, 180, 180, 180, 120, 180, 120]
+
+
+def test_ablate_goes_on_after_a_cell_that_failed(tmp_path, monkeypatch, capfd):
+    import ablate
+
+    scores = dict(fd=None, kd=0.01, precision=0.5, recall=0.5, images=1, n=20)
+
+    def train(cell, content, save):
+        if cell["title"] == "lr 10 times too large":
+            raise UserError("lower lr")
+
+    def score(cell):
+        return [dict(title=cell["title"], seed=0, classes="", real=dict(scores), machine="here") | scores]
+
+    settings = dict(work_dir=str(tmp_path), results_dir=str(tmp_path), train_cell=train, sample_and_score=score)
+    for key, value in (settings | dict(given={}, signals=[], n=20)).items():
+        monkeypatch.setattr(ablate, key, value, raising=False)
+    with pytest.raises(UserError, match="1 of 9 cells failed"):
+        ablate.main("mistuned")
+    assert "lr 10 times too large, seed 0: lower lr" in capfd.readouterr().out
+    assert len(data.read_json(f"{tmp_path}/mistuned.json")["runs"]) == 8
 
 
 def test_ablate_image_stays_when_the_samples_are_gone(tmp_path):
@@ -3406,20 +3459,21 @@ def test_ablate_report_fills_in_the_tables(tmp_path, monkeypatch, capfd):
     import ablate
 
     scores = dict(fd=None, precision=0.5, recall=0.25, images=640, val_loss=0.1, n=100)
-    real = dict(n=100, kd=-0.001)
+    real, few = dict(n=100, kd=-0.001), dict(n=50, kd=-0.002)
     runs = [dict(title="a", seed=k, kd=0.01 * (k + 1), real=real, classes="cat", **scores) for k in range(2)]
     runs.append(dict(title="b", seed=0, kd=0.01, real=real, classes="cat,frog", **scores))
+    runs.append(dict(title="c", seed=0, kd=0.01, real=few, classes="frog", machine="there", **scores))
     content = dict(study=dict(config="config/shapes.py", loss=True), flags=" --seeds=2", machine="here", runs=runs)
     (tmp_path / "results").mkdir()
     data.save_json(f"{tmp_path}/results/mistuned.json", content)
     (tmp_path / "RESULTS.md").write_text("before\n<!-- mistuned -->\nold\n<!-- end -->\nafter\n")
     monkeypatch.setattr(ablate, "HERE", str(tmp_path))
-    monkeypatch.setattr(ablate, "results_dir", f"{tmp_path}/results")
-    ablate.report()
+    ablate.report(f"{tmp_path}/results")
     text = (tmp_path / "RESULTS.md").read_text()
     assert "| a | 2 | 100 | 640 |  | 15.00 ± 5.00 | 0.500 ± 0.000 | 0.250 ± 0.000 | 0.1000 ± 0.0000 |" in text
     assert all(f"| real images {of} |  | 100 |  |  | -1.00 |" in text for of in ("cat", "cat,frog"))
-    assert "old" not in text
+    assert "old" not in text and "-2.00" not in text  # nor real images that are fewer than n
+    assert "; here; there." in text
     assert text.startswith("before") and text.endswith("after\n") and "`python ablate.py mistuned --seeds=2`" in text
 
 
