@@ -3706,7 +3706,7 @@ def test_train_validation_images_are_moved_as_bytes(shards, tmp_path, capfd, mon
 @pytest.mark.slow
 def test_train_two_compiled_processes_equal_two_eager(shards, tmp_path):
     """DistributedDataParallel cuts a compiled network into several graphs, one for each of its buckets."""
-    flags = dict(ch=64, ch_mult="1", attn_resolutions="", dtype="bfloat16", max_iters=4, eval_interval=4)
+    flags = dict(ch=64, ch_mult="1", attn_resolutions="", dtype="float32", max_iters=4, eval_interval=4)
     found = []
     for use_compile in (False, True):
         folder = f"{tmp_path}/{use_compile}"
@@ -3715,9 +3715,8 @@ def test_train_two_compiled_processes_equal_two_eager(shards, tmp_path):
         assert status == 0 and ("compiled" if use_compile else "eager") in text, text
         found.append(ddpm.load_checkpoint(f"{folder}/ckpt.pt"))
     eager, compiled = found
-    np.testing.assert_allclose(compiled["history"]["val_loss"], eager["history"]["val_loss"], rtol=1e-2)
-    for key, value in eager["model"].items():
-        assert torch.allclose(value, compiled["model"][key], atol=1e-2), key
+    for key in ("log_loss", "val_loss"):  # not the weights: Adam makes a whole step of a gradient's rounding error
+        np.testing.assert_allclose(compiled["history"][key], eager["history"][key], rtol=1e-3)
 
 
 @pytest.mark.slow

@@ -221,6 +221,8 @@ if use_compile:
     model.compile_network()
 ddp_model = model
 if world > 1:
+    if device == "cpu" and amp_dtype == torch.bfloat16:  # torch 2.14, AMX: a network cut at DDP's buckets gives NaN
+        torch._dynamo.config.optimize_ddp = False
     with warnings.catch_warnings():  # torch 2.14 renames broadcast_buffers; before 2.14 there is no other name
         warnings.simplefilter("ignore", FutureWarning)
         device_ids = [device] if "cuda" in device else None
