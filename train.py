@@ -221,8 +221,6 @@ if use_compile:
     model.compile_network()
 ddp_model = model
 if world > 1:
-    if device == "cpu" and amp_dtype == torch.bfloat16:  # torch 2.14, AMX: a network cut at DDP's buckets gives NaN
-        torch._dynamo.config.optimize_ddp = False
     with warnings.catch_warnings():  # torch 2.14 renames broadcast_buffers; before 2.14 there is no other name
         warnings.simplefilter("ignore", FutureWarning)
         device_ids = [device] if "cuda" in device else None
@@ -362,9 +360,10 @@ while step < max_iters and not stopped:
         # In float16 a step without finite gradients is skipped and halves the scale.
         diverged = scaler.get_scale() < 1 if scaler.is_enabled() else not math.isfinite(norm)
         if diverged or not math.isfinite(average):
+            eager = "--use_compile=False or " if use_compile else ""
             raise UserError(
                 f"loss {average:.3g}, grad norm {norm:.3g} at step {step}, lr {lr_now:.3g} (last checkpoint: step "
-                f"{saved_step}): lower lr, lengthen warmup_iters, or use --dtype=float32"
+                f"{saved_step}): lower lr, lengthen warmup_iters, or use {eager}--dtype=float32"
             )
         seconds = (now - log_time) / max(1, step - log_step)
         log(
