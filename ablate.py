@@ -359,7 +359,7 @@ def main(name):
                 raise UserError(
                     f"{earlier} was made with another {differing[0]}: use another --results_dir and --work_dir"
                 )
-    shown = {key: f"{given[key]:g}" for key in ("minutes", "max_iters", "n") if key in given}
+    shown = {key: f"{given[key]:g}" for key in ("seeds", "minutes", "max_iters", "n") if key in given}
     content["flags"] = "".join(f" {flag}" for flag in flags(**shown))
 
     def save():
