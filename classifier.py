@@ -418,8 +418,10 @@ def main(config):
     content = dict(config=config, classes=names, device=on, torch=torch.__version__, synthetic=manifest, runs=[])
     path = os.path.join(out_dir, "classifier_amounts.json" if amounts else "classifier.json")
     os.makedirs(out_dir, exist_ok=True)
+    available = n_train, len(synthetic[0])
+    used = available if amounts else [min(n or N, N) for n, N in zip((n_real, n_synthetic), available)]
     print(
-        f"{n_train} real and {len(synthetic[0])} synthetic training images, {len(val_images)} for validation, "
+        f"{used[0]} real and {used[1]} synthetic training images, {len(val_images)} for validation, "
         f"{len(test_images)} for the test; hidden layers {hidden}, {on}, {dtype_name(settings['dtype'])}, "
         f"{max_iters} updates of {batch_size}" + f"\n{note}" * bool(note)
     )
