@@ -5,8 +5,8 @@ python ablate.py schedules --seeds=2            two training runs of each cell; 
 python ablate.py schedules --dry_run=True       lists the cells, their commands and the expected time
 python ablate.py report                         writes the tables of results/ into RESULTS.md
 
-Every cell runs train.py (or gan.py), augment.py and evaluate.py as its own processes, with the same budget and, of one
-script, from the same noise. Resumable: run the same command again, even after kill -9.
+Every cell runs train.py (or gan.py), augment.py and evaluate.py as its own processes, with the same budget; cells of
+the same script sample from the same noise. Resumable: run the same command again, even after kill -9.
 """
 
 import ctypes
@@ -123,7 +123,7 @@ STUDIES = {
         },
     ),
 }
-CELL_KEYS = dict(script="train.py", share=1, score="", like="")  # of a cell, but not settings of a script; defaults
+CELL_KEYS = dict(script="train.py", share=1, score="", like="")  # a cell's other keys, with their defaults
 SAMPLING = defaults_of("augment.py").keys() - defaults_of("train.py").keys()
 
 
@@ -238,6 +238,11 @@ def python(script):
     return [sys.executable, f"{HERE}/{script}"]
 
 
+def steps_done(cell):
+    """How many steps the cell's model was trained for; 0 without a checkpoint."""
+    return load_checkpoint(cell["checkpoint"], ("step",))["step"] if os.path.exists(cell["checkpoint"]) else 0
+
+
 def train_cell(cell, content, save):
     """Trains a cell's model, or goes on with it, for the steps of the study's budget."""
     budgets = content["budgets"]  # {model: its steps}
@@ -247,7 +252,7 @@ def train_cell(cell, content, save):
             budgets[cell["model"]] = round(cell["share"] * max_iters)
         elif first and content["study"].get("equal", "images") == "images":
             budgets[cell["model"]] = first
-        elif cell["like"]:
+        elif cell["like"] in budgets:
             budgets[cell["model"]] = math.ceil(cell["share"] * budgets[cell["like"]])
         else:
             trial = f"{cell['model_dir']}-trial"
@@ -257,10 +262,13 @@ def train_cell(cell, content, save):
             shutil.rmtree(trial)
             budgets[cell["model"]] = math.ceil(60 * content["minutes"] * cell["share"] * speed)
         save()
-    steps, exists = budgets[cell["model"]], os.path.exists(cell["checkpoint"])
-    if not exists or load_checkpoint(cell["checkpoint"], ("step",))["step"] < steps:
+    steps = budgets[cell["model"]]
+    if steps_done(cell) < steps:
         os.makedirs(cell["model_dir"], exist_ok=True)
-        run([*cell["resume" if exists else "train"], f"--max_iters={steps}"], f"{cell['model_dir']}/log.txt")
+        how = "resume" if os.path.exists(cell["checkpoint"]) else "train"
+        run([*cell[how], f"--max_iters={steps}"], f"{cell['model_dir']}/log.txt")
+        if (done := steps_done(cell)) < steps:
+            raise UserError(f"the training stopped at step {done} of {steps}")
 
 
 def sample_and_score(cell):
@@ -291,6 +299,15 @@ def mean_text(values, scale, digits):
     return f"{statistics.fmean(values):.{digits}f}{error}"
 
 
+def shown_flags(name, content):
+    """The flags of ablate.py that give the runs of a study's JSON."""
+    study, used = content["study"], sorted({run["seed"] for run in content["runs"]})
+    shown = dict(seed=used[0], seeds=len(used), minutes=content["minutes"], max_iters=content["max_iters"])
+    shown |= dict(n=study["n"])
+    usual = dict(seed=0, seeds=1, minutes=study["minutes"], n=list(STUDIES[name]["n"]))
+    return flags(**{key: value for key, value in shown.items() if value and value != usual.get(key)})
+
+
 def table(name, content, image):
     """The study as Markdown, with a link to its image."""
     study, cells = content["study"], {}
@@ -301,7 +318,8 @@ def table(name, content, image):
     if study.get("loss"):
         columns["validation loss"] = ("val_loss", 1, 4)
     machines = "; ".join(dict.fromkeys(run.get("machine") or content["machine"] for run in content["runs"]))
-    lines = [f"`python ablate.py {name}{content['flags']}`, {study['config']}; {machines}.", ""]
+    command = " ".join(["python ablate.py", name, *shown_flags(name, content)])
+    lines = [f"`{command}`, {study['config']}; {machines}.", ""]
     lines += [f"| {' | '.join(['', 'seeds', *columns])} |", "| --- " * (len(columns) + 2) + "|"]
 
     def add_row(title, count, runs):
@@ -355,12 +373,12 @@ def main(name):
     for earlier in (f"{folder}/settings.json", path):
         if os.path.exists(earlier):
             content |= (old := read_json(earlier))
+            old["recipe"] = defaults_of("train.py") | old["recipe"]  # keys that train.py did not have yet
             if differing := [key for key, value in settings.items() if old.get(key) != value]:
                 raise UserError(
                     f"{earlier} was made with another {differing[0]}: use another --results_dir and --work_dir"
                 )
-    shown = {key: f"{given[key]:g}" for key in ("seeds", "minutes", "max_iters", "n") if key in given}
-    content["flags"] = "".join(f" {flag}" for flag in flags(**shown))
+    content |= settings
 
     def save():
         save_json(path, content)
@@ -396,7 +414,10 @@ def machine():
     """What a result needs beside its numbers: the commit, the machine and torch."""
     done = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     commit = done.stdout.strip() or "unknown"
-    return f"commit {commit}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    on = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available() and device != "cpu":
+        on = torch.cuda.get_device_name()
+    return f"commit {commit}, {on}, torch {torch.__version__}"
 
 
 def report(folder):
@@ -404,12 +425,14 @@ def report(folder):
     path = f"{HERE}/RESULTS.md"
     with open(path, encoding="utf-8") as f:
         text = f.read()
-    for name in STUDIES:
-        if os.path.exists(f"{folder}/{name}.json"):
-            filled = table(name, read_json(f"{folder}/{name}.json"), f"{folder}/{name}.png")
-            section = f"<!-- {name} -->\n{filled}<!-- end -->"
-            text, count = re.subn(rf"<!-- {name} -->.*?<!-- end -->", lambda _: section, text, flags=re.S)
-            print(f"{name}: {'written' if count else f'RESULTS.md has no <!-- {name} --> … <!-- end -->'}")
+    found = [name for name in STUDIES if os.path.exists(f"{folder}/{name}.json")]
+    if not found:
+        raise UserError(f"no study in {folder}: use --results_dir=PATH")
+    for name in found:
+        filled = table(name, read_json(f"{folder}/{name}.json"), f"{folder}/{name}.png")
+        section = f"<!-- {name} -->\n{filled}<!-- end -->"
+        text, count = re.subn(rf"<!-- {name} -->.*?<!-- end -->", lambda _: section, text, flags=re.S)
+        print(f"{name}: {'written' if count else f'RESULTS.md has no <!-- {name} --> … <!-- end -->'}")
     with atomic_write(path) as f:
         f.write(text.encode())
 

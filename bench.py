@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import configure, defaults_of, dtype_name, progress, setup_device
-from data import Batches, load, training_count, write_shards
+from data import Batches, balanced, load, training_count, write_shards
 from ddpm import DDPM, EMA, DDPMConfig, UserError, atomic_write, check_choice, learning_rate, make_optimizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,8 +109,8 @@ def make_batches():
         images, labels, names = load(s.dataset, "train", s.data_dir, s.image_size, s.classes)
         if labels is None:
             raise UserError(f"learn: {s.dataset} has no labels")
-        n = training_count(len(images), s.val_fraction)
-        images, labels = images[:n], labels[:n]
+        chosen = balanced(labels[: training_count(len(images), s.val_fraction)], s.n_real, 0)
+        images, labels = images[chosen], labels[chosen]
     else:
         side = s.image_size or {"fashion_mnist": 28, "flowers102": 64}.get(s.dataset, 32)
         names = [str(k) for k in range(102 if s.dataset == "flowers102" else 10)]
@@ -410,7 +410,7 @@ def bench_learn(sides):
         if os.path.exists(path):
             kept = torch.load(path, map_location=s.device, weights_only=True)
             for key, value in learned_with.items():
-                if (before := kept["settings"].get(key)) != value:
+                if (before := kept["settings"].get(key, RECIPE.get(key))) != value:
                     raise UserError(f"{path} was trained with {key}={before}, not {value}: use another --learn_dir")
             print(f"{path} is there and not trained again")
             side.model.load_state_dict(kept["model"])

@@ -36,9 +36,7 @@ synthetic_dir = ""  # shards of augment.py; default out_dir/synthetic
 n_real = 0  # real training images, the same number of each class, the same ones for every seed; 0: all
 n_synthetic = 0  # synthetic ones; 0: all
 # the comparison
-arms = (
-    "real,real+synthetic,synthetic,real+real"  # real+real, the control: as many images as real+synthetic, but none new
-)
+arms = "real,real+synthetic,synthetic,real+real"  # real+real repeats real images: as many as real+synthetic, none new
 seeds = 5  # runs of each arm
 seed = 0  # the first of them
 amounts = ()  # numbers of real images: a table over them and the ratios, instead of the arms
@@ -312,7 +310,8 @@ def verdict(runs, names):
     for word, sign in (("better", 1), ("worse", -1)):
         listed = [f"{name} {mean:+.1f}" for name, (mean, half) in by_class.items() if sign * mean > half]
         text += f" Classes that got {word} (95% each): {', '.join(listed) or 'none'}."
-    return text + f" {len(base)} seeds; another generator or other test images were not tried."
+    other = ", other real images" * bool(base[0]["n_real"]) + " or other test images"
+    return text + f" {len(base)} seeds; another generator{other} were not tried."
 
 
 def confusion_text(runs, names):
@@ -367,11 +366,15 @@ def load_synthetic(folder, names, real, val_images):
         return (images, labels), {}, ""
     manifest = {key: value for key, value in read_json(f"{folder}/manifest.json").items() if key != "shards"}
     trained_on, note = manifest.get("trained_on", {}), f"the generator was trained on all {len(real[0])} real images"
-    if trained_on.get("validation") != fingerprint(val_images):
+    trainings = [trained_on]  # and those of the weights that it started from
+    while "init_from" in trainings[-1]:
+        trainings.append(trainings[-1]["init_from"])
+    if any(t.get("validation") != fingerprint(val_images) for t in trainings):
         note = "note: the generator may have been trained on the validation images used here"
     elif n := trained_on.get("n_real"):
         same = n <= len(real[0]) and trained_on["training"] == fingerprint(real[0][balanced(real[1], n, 0)])
         note = f"the generator was trained on {n} real images, {'' if same else 'not '}those that n_real={n} takes here"
+        note += ", and started from weights of an earlier training" * (len(trainings) > 1)
     return (images, labels), manifest, note
 
 

@@ -18,7 +18,18 @@ import torch
 import torch.nn.functional as F
 
 from configurator import configure, progress, setup_device
-from data import balanced, file_hash, fingerprint, load_array, load_samples, load_splits, save_json, tile
+from data import (
+    balanced,
+    file_hash,
+    fingerprint,
+    load_array,
+    load_samples,
+    load_splits,
+    read_json,
+    save_json,
+    tile,
+    training_count,
+)
 from ddpm import UserError, atomic_write, check_choice, to_float
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,10 +165,26 @@ def share_nearer(near, far, n):
     return share.mean().item(), variance**0.5
 
 
+def seen_by_generator(folder, images, labels):
+    """Indices of the training images that a set's generator saw: those of n_real by its manifest.json, else all.
+
+    Empty if the generator saw n_real images that are not among these.
+    """
+    path = f"{folder}/manifest.json"
+    trained_on = read_json(path).get("trained_on", {}) if os.path.exists(path) else {}
+    if "n_real" not in trained_on:
+        return np.arange(len(images))
+    n_train = training_count(len(images), trained_on["val_fraction"])
+    if trained_on["n_real"] > n_train:
+        return np.arange(0)
+    index = balanced(np.zeros(n_train) if labels is None else labels[:n_train], trained_on["n_real"], 0)
+    return index if fingerprint(images[index]) == trained_on["training"] else np.arange(0)
+
+
 def memorisation(images, X, train, test, n_train):
     """Share of samples nearer to a training image than to a held-out one; saves the closest pairs as an image.
 
-    train, test: pairs of images and features; n_train: how many training images there are in all.
+    train, test: pairs of images and features; n_train: how many images the generator was trained on.
     """
     near, far, m = nearest(X, train[1]), nearest(X, test[1]), len(train[0])
     share, error = share_nearer(near, far, m)
@@ -275,7 +302,8 @@ def main(config):
     control, control_labels = choose(*control, min(count, len(control[0])))
     for path in (cache_dir, out_dir):
         os.makedirs(path, exist_ok=True)
-    name = f"{os.path.basename(os.path.abspath(dataset))}-{split}"
+    name = os.path.basename(os.path.abspath(dataset))
+    cache = f"{cache_dir}/{name}"
     result = {"samples": folder, "n": count, "config": config, "torch": torch.__version__}
     print(f"samples: {folder}\nreference: {dataset}, {split} split; {count} images of each")
 
@@ -295,8 +323,8 @@ def main(config):
     if count <= network.d and not allow_small_n:
         print(f"no FD of {network.d} images or fewer, as many as there are features (--allow_small_n=True to override)")
     print(f"\n{'set':<32} {'n':>6} {'FD':>9} {'KD':>16} {'precision':>9} {'recall':>6}")
-    Y = features_of(network, real, "reference", f"{cache_dir}/{name}")
-    R = features_of(network, control, "real", f"{cache_dir}/{name}-{other.replace(' ', '-')}")
+    Y = features_of(network, real, "reference", cache)
+    R = features_of(network, control, "real", cache)
     X = features_of(network, images, "samples")
     result["scores"] = {}
 
@@ -313,11 +341,14 @@ def main(config):
             continue
         score(f"samples, {class_name}", sets[0], sets[2])
         score(f"real: {other}, {class_name}", sets[1], sets[2])
-    if halves or len(control) < count:
-        print(f"\nmemorisation: not measured, it takes {count} images that are known to be held out of training")
+    seen = seen_by_generator(folder, *train)
+    m = min(count, len(seen))
+    if halves or m == 0 or len(test[0]) < m:
+        print("\nmemorisation: not measured, it takes images of the training and as many that are known to be held out")
     else:
-        pairs = ((real, Y), (control, R)) if split == "train" else ((control, R), (real, Y))
-        result["memorisation"] = memorisation(images, X, *pairs, n_train)
+        train = [None if a is None else a[seen] for a in train]
+        pairs = [(x, features_of(network, x, "nearest", cache)) for x, _ in (choose(*train, m), choose(*test, m))]
+        result["memorisation"] = memorisation(images, X, *pairs, len(seen))
     result["seconds"] = time.time() - start
     save_json(os.path.join(out_dir, "evaluate.json"), result)
     print(f"{result['seconds']:.0f} s; wrote {os.path.join(out_dir, 'evaluate.json')}")

@@ -49,7 +49,7 @@ out_dir = "out-gan"
 init_from = "scratch"  # or resume: continue from out_dir's checkpoint, with its settings unless given
 seed = 0  # of weights, batches and noise
 device = "auto"  # cuda, mps, cpu
-# data, as in train.py
+# data, as in train.py, which has more
 dataset = "cifar10"
 data_dir = "data"
 classes = ""  # cat,frog keeps only these
@@ -65,8 +65,8 @@ batch_size = 64
 max_iters = 20_000  # steps, each of both networks
 lr = 2e-4
 beta1 = 0.5  # of Adam
-label_smoothing = 0.0  # 0.1: the discriminator's targets are 0.9 and 0.1
-input_noise = 0.0  # standard deviation of noise on the discriminator's inputs, falling linearly to 0
+label_smoothing = 0.0  # two-sided; 0.1: the discriminator's targets are 0.9 and 0.1
+input_noise = 0.0  # instance noise: standard deviation on the discriminator's inputs, falling linearly to 0
 # reports
 log_interval = 100
 sample_interval = 1000  # steps between grids, each followed by a checkpoint

@@ -2061,7 +2061,7 @@ def test_train_warns_of_classes_only_in_the_validation_split(tmp_path, capfd):
     data.write_shards(f"{tmp_path}/tiny", images, labels, ["a", "b", "c"])
     flags = tiny_flags(tmp_path, f"{tmp_path}/out", max_iters=1, eval_interval=1)
     status, text = cli(capfd, "train.py", *flags)
-    assert status == 0 and "warning: c: only in the validation split" in text
+    assert status == 0 and "warning: c: no training images" in text
     assert "warning" not in cli(capfd, "train.py", *flags, "--val_fraction=0.05")[1]
 
 
@@ -2091,6 +2091,28 @@ def test_n_real_trains_on_the_images_that_the_classifier_takes(shards, tmp_path,
     manifest["trained_on"]["training"] = data.fingerprint(images[:9])
     data.save_json(f"{tmp_path}/s/manifest.json", manifest)
     assert said.replace("those", "not those") in cli(capfd, "classifier.py", *flags, "--n_real=9")[1]
+
+
+def test_n_real_says_when_it_started_from_other_weights(shards, trained, tmp_path, capfd):
+    """Weights that saw all images do not become those of a few by fine-tuning, nor after a resume."""
+    fine_tuned = tiny_flags(shards, f"{tmp_path}/a", n_real=9, max_iters=1, init_from=f"{trained}/ckpt.pt")
+    assert cli(capfd, "train.py", *fine_tuned)[0] == 0
+    resume = ("--init_from=resume", f"--out_dir={tmp_path}/a", "--max_iters=2", "--device=cpu")
+    status, text = cli(capfd, "train.py", *resume, f"--data_dir={shards}")
+    assert status == 0, text
+    assert cli(capfd, "augment.py", *augment_flags(f"{tmp_path}/a", f"{tmp_path}/s"))[0] == 0
+    flags = classifier_flags(shards, f"{tmp_path}/mlp", f"{tmp_path}/s", seeds=1)
+    text = cli(capfd, "classifier.py", *flags, "--n_real=9")[1]
+    assert "9 real images, those that n_real=9 takes here, and started from weights of an earlier training" in text
+
+
+def test_n_real_without_labels_takes_the_same_images(shards, tmp_path, capfd):
+    found = []
+    for conditional in (True, False):
+        flags = tiny_flags(shards, f"{tmp_path}/{conditional}", n_real=9, max_iters=1, conditional=conditional)
+        assert cli(capfd, "train.py", *flags)[0] == 0
+        found.append(ddpm.load_checkpoint(f"{tmp_path}/{conditional}/ckpt.pt")["trained_on"]["training"])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(
@@ -2764,8 +2786,9 @@ def test_classifier_statistics_against_scipy():
 
 
 def test_classifier_verdict_says_what_the_numbers_say():
-    def runs(*tests):
-        return [{"test": t, "confusion": [[round(100 * t), 100 - round(100 * t)], [0, 100]]} for t in tests]
+    def runs(*tests, n_real=0):
+        right = [round(100 * t) for t in tests]
+        return [dict(test=t, n_real=n_real, confusion=[[k, 100 - k], [0, 100]]) for t, k in zip(tests, right)]
 
     def verdict(synthetic, control=None):
         arms = {"real": runs(0.50, 0.51, 0.52)[: len(synthetic)], "real+synthetic": runs(*synthetic)}
@@ -2784,6 +2807,9 @@ def test_classifier_verdict_says_what_the_numbers_say():
     assert "No effect was shown in both comparisons." in text and "real+synthetic minus real+real: +0.33 points" in text
     assert "helped" in verdict((0.60, 0.61, 0.63), (0.51, 0.50, 0.52))
     assert classifier.verdict({"real": runs(0.5)}, ["cat", "dog"]) == ""
+    assert "another generator or other test images were not tried" in text
+    few = {arm: runs(0.5, 0.6, n_real=9) for arm in ("real", "real+synthetic")}
+    assert "another generator, other real images or other test images" in classifier.verdict(few, ["cat", "dog"])
 
 
 def test_classifier_comparison_writes_what_it_says(shards, synthetic, tmp_path, capfd):
@@ -2967,7 +2993,7 @@ def test_evaluate_says_what_it_compares(capfd, real_shapes):
     assert found["share"] > 0.55 and (found["train"], found["of"], found["test"]) == (100, 300, 100)
     assert "every sample a copy: 67%" in text
     assert all(math.isfinite(s["kd"]) and math.isfinite(s["kd_error"]) for s in scores.values())
-    assert list(pathlib.Path(f"{real_shapes}/kept").glob("real-train-100-lite0-32-*.npy"))
+    assert list(pathlib.Path(f"{real_shapes}/kept").glob("real-100-lite0-32-*.npy"))
 
 
 def test_evaluate_sees_damage(capfd, real_shapes, tmp_path):
@@ -2978,6 +3004,20 @@ def test_evaluate_sees_damage(capfd, real_shapes, tmp_path):
     assert status == 0, text
     samples, real = data.read_json(f"{real_shapes}/out/evaluate.json")["scores"].values()
     assert samples["kd"] > real["kd"] + 5 * real["kd_error"]
+
+
+def test_evaluate_compares_a_generator_of_few_images_with_those_it_saw(capfd, real_shapes, tmp_path):
+    images, labels, names = data.load(f"{real_shapes}/real/train")
+    index = data.balanced(labels[:270], 50, 0)
+    data.write_shards(f"{tmp_path}/samples", images[index], labels[index], names)
+    shards = {f.name: data.file_hash(f) for f in (tmp_path / "samples").glob("*.npy")}
+    manifest = dict(complete=True, settings={}, shards=shards)
+    trained_on = dict(val_fraction=0.1, n_real=50, training=data.fingerprint(images[index]))
+    for changed, said in (({}, "to one of 50 (of 50) training images"), (dict(n_real=40), "not measured")):
+        data.save_json(f"{tmp_path}/samples/manifest.json", manifest | dict(trained_on=trained_on | changed))
+        status, text = evaluation(capfd, real_shapes, f"--samples={tmp_path}/samples", "--n=50")
+        assert status == 0 and said in text, text
+        assert ("100.0% of the samples are nearer" in text and "a copy: 100%" in text) == (not changed)
 
 
 def test_evaluate_finds_copied_samples(capfd, real_shapes):
@@ -3372,7 +3412,7 @@ def test_ablate_cells_of_equal_cost_take_equally_many_steps(tmp_path, monkeypatc
 
     speeds = iter((3.0, 2.0))
     monkeypatch.setattr(ablate, "work_dir", str(tmp_path))
-    monkeypatch.setattr(ablate, "run", lambda command, log: None)
+    monkeypatch.setattr(ablate, "steps_done", lambda cell: math.inf)
     monkeypatch.setattr(ablate, "steps_per_second", lambda command, log: next(speeds))
     study, content = ablate.STUDIES["gan"], dict(study=ablate.STUDIES["gan"], budgets={}, minutes=1)
     plan = ablate.make_plan(study, configurator.defaults_of("train.py"), str(tmp_path))
@@ -3380,6 +3420,41 @@ def test_ablate_cells_of_equal_cost_take_equally_many_steps(tmp_path, monkeypatc
         ablate.train_cell(cell, content, lambda: None)
     steps = [content["budgets"][cell["model"]] for cell in plan]
     assert steps == [180, 90, 180, 180, 180, 120, 180, 120]
+
+
+def test_ablate_a_training_that_was_not_timed_or_not_finished_is_no_result(tmp_path, monkeypatch):
+    import ablate
+
+    speeds = iter((None, 2.0))
+    monkeypatch.setattr(ablate, "work_dir", str(tmp_path))
+    monkeypatch.setattr(ablate, "run", lambda command, log: None)
+    monkeypatch.setattr(ablate, "steps_per_second", lambda command, log: 60 * next(speeds))
+    content = dict(study=ablate.STUDIES["gan"], budgets={}, minutes=1)
+    plan = ablate.make_plan(content["study"], configurator.defaults_of("train.py"), str(tmp_path))
+    with pytest.raises(TypeError):  # the first cell was not timed
+        ablate.train_cell(plan[0], content, lambda: None)
+    with pytest.raises(UserError, match="stopped at step 0 of 3600"):  # the second, half as long, is timed itself
+        ablate.train_cell(plan[1], content, lambda: None)
+
+
+def test_ablate_a_setting_that_is_new_in_train_py_does_not_refuse_older_results(tmp_path, monkeypatch):
+    import ablate
+
+    def settled(cell, content, save):
+        raise UserError("trained")
+
+    for key, value in dict(work_dir=str(tmp_path), results_dir=str(tmp_path), given={}, signals=[]).items():
+        monkeypatch.setattr(ablate, key, value, raising=False)
+    monkeypatch.setattr(ablate, "train_cell", settled)
+    with pytest.raises(UserError, match="9 of 9 cells failed"):
+        ablate.main("mistuned")
+    for change, said in (({}, "9 of 9"), ({"lr": 1.0}, "another recipe")):
+        recipe = ablate.defaults_of("train.py") | {k: v for k, (v, _) in ablate.run_config("config/shapes.py").items()}
+        del recipe["n_real"]
+        settings = dict(study=ablate.STUDIES["mistuned"], minutes=2, max_iters=0, torch=torch.__version__)
+        data.save_json(f"{tmp_path}/mistuned.json", settings | dict(recipe=recipe | change, runs=[], budgets={}))
+        with pytest.raises(UserError, match=said):
+            ablate.main("mistuned")
 
 
 def test_ablate_goes_on_after_a_cell_that_failed(tmp_path, monkeypatch, capfd):
@@ -3464,7 +3539,8 @@ def test_ablate_report_fills_in_the_tables(tmp_path, monkeypatch, capfd):
     runs = [dict(title="a", seed=k, kd=0.01 * (k + 1), real=real, classes="cat", **scores) for k in range(2)]
     runs.append(dict(title="b", seed=0, kd=0.01, real=real, classes="cat,frog", **scores))
     runs.append(dict(title="c", seed=0, kd=0.01, real=few, classes="frog", machine="there", **scores))
-    content = dict(study=dict(config="config/shapes.py", loss=True), flags=" --seeds=2", machine="here", runs=runs)
+    study = dict(config="config/shapes.py", loss=True, minutes=2, n=[500])
+    content = dict(study=study, minutes=None, max_iters=9, machine="here", runs=runs)
     (tmp_path / "results").mkdir()
     data.save_json(f"{tmp_path}/results/mistuned.json", content)
     (tmp_path / "RESULTS.md").write_text("before\n<!-- mistuned -->\nold\n<!-- end -->\nafter\n")
@@ -3475,7 +3551,13 @@ def test_ablate_report_fills_in_the_tables(tmp_path, monkeypatch, capfd):
     assert all(f"| real images {of} |  | 100 |  |  | -1.00 |" in text for of in ("cat", "cat,frog"))
     assert "old" not in text and "-2.00" not in text  # nor real images that are fewer than n
     assert "; here; there." in text
-    assert text.startswith("before") and text.endswith("after\n") and "`python ablate.py mistuned --seeds=2`" in text
+    assert (
+        text.startswith("before")
+        and text.endswith("after\n")
+        and "`python ablate.py mistuned --seeds=2 --max_iters=9`" in text
+    )
+    with pytest.raises(UserError, match="no study in"):
+        ablate.report(str(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

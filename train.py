@@ -146,20 +146,29 @@ for turn in range(3):
         (images, labels), (test_images, test_labels), names = load_splits(dataset, data_dir, image_size, classes)
     if world > 1:
         dist.barrier()
+n_train = training_count(len(images), val_fraction)
+chosen = slice(n_train)  # a view: the images may be mapped from disk
+if n_real:
+    chosen = balanced(np.zeros(n_train) if labels is None else labels[:n_train], n_real, 0)
 if not conditional or labels is None:
     labels = test_labels = None
     names = names if len(names) == 1 else []  # augment.py labels the images of a one-class model
-n_train = training_count(len(images), val_fraction)
+train_images, train_labels = images[chosen], None if labels is None else labels[chosen]
 val_images, val_labels = images[n_train:], None if labels is None else labels[n_train:]
-chosen = balanced(np.zeros(n_train) if labels is None else labels[:n_train], n_real, 0)
-train_images, train_labels, n_train = images[chosen], None if labels is None else labels[chosen], len(chosen)
+n_train = len(train_images)
 unseen = [] if labels is None else sorted(set(val_labels.tolist()) - set(train_labels.tolist()))
 if unseen:
-    log(f"warning: {', '.join(names[k] for k in unseen)}: only in the validation split, the last images of the set")
+    missing = ", ".join(names[k] for k in unseen)
+    log(f"warning: {missing}: no training images, only validation images, which are the last of the set")
 trained_on = dict(dataset=dataset, classes=classes, val_fraction=val_fraction, validation=fingerprint(val_images))
 if n_real:
     trained_on |= dict(n_real=n_real, training=fingerprint(train_images))
-if checkpoint and checkpoint.get("trained_on", trained_on) != trained_on:
+if pretrained:
+    trained_on["init_from"] = pretrained.get("trained_on", {})
+saved = checkpoint.get("trained_on", trained_on) if checkpoint else trained_on
+with reading(checkpoint_path):
+    trained_on |= {key: saved[key] for key in saved.keys() & {"init_from"}}
+if saved != trained_on:
     raise UserError("resume: these are not the checkpoint's images: val_fraction, n_real or the data has changed")
 batches = Batches(train_images, train_labels, batch_size, seed, hflip, crop, 0, device)
 if world > 1:
