@@ -471,19 +471,17 @@ def test_chain_of_the_quick_start(tmp_path):
     minutes = (time.time() - start) / 60
     net, real = shape_classifier()
     y = torch.arange(500) % 10
-    scores = {}
     model = ddpm.load_model(f"{tmp_path}/out-shapes/ckpt.pt")[0]
-    for w in (0.0, 1.8):
-        x = torch.cat([model.sample(y[s], w, 0, s.tolist(), "dpm++", 10) for s in torch.arange(500).split(100)])
-        scores[w] = (net(x).argmax(1) == y).float().mean().item()
+    x = torch.cat([model.sample(y[s], 1.8, 0, s.tolist(), "dpm++", 25) for s in torch.arange(500).split(100)])
+    asked = (net(x).argmax(1) == y).float().mean().item()
     fresh = DDPM(model.config)
     x = torch.cat([fresh.sample(y[s], 0.0, 0, s.tolist(), "dpm++", 5) for s in torch.arange(500).split(100)])
     untrained = (net(x).argmax(1) == y).float().mean().item()
     print(
-        f"\nclassifier on real shapes {real:.1%}; as asked at w=0 {scores[0.0]:.1%}, at w=1.8 {scores[1.8]:.1%}, "
-        f"untrained {untrained:.1%}; training took {minutes:.1f} min on one core"
+        f"\nclassifier on real shapes {real:.1%}; as asked {asked:.1%}, untrained {untrained:.1%}; "
+        f"training took {minutes:.1f} min on one core"
     )
-    assert real >= 0.99 and scores[1.8] >= 0.95 and untrained < 0.2
+    assert real >= 0.99 and asked >= 0.95 and untrained < 0.2
 
     run(f"{HERE}/augment.py", "--out_dir=out-shapes", "--per_class=200")
     few = ["--n_real=200", "--seeds=3", "--hidden=512", "--max_iters=800", "--arms=real,real+synthetic,real+real"]
