@@ -21,7 +21,17 @@ import numpy as np
 import torch
 
 from configurator import configure, dtype_name, setup_device
-from data import Batches, balanced, fingerprint, load_samples, load_splits, read_json, save_json, training_count
+from data import (
+    Batches,
+    balanced,
+    fingerprint,
+    load_samples,
+    load_splits,
+    read_json,
+    save_json,
+    seen_indices,
+    training_count,
+)
 from ddpm import UserError, check_choice, check_range, learning_rate, make_generator, to_float
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -372,7 +382,7 @@ def load_synthetic(folder, names, real, val_images):
     if any(t.get("validation") != fingerprint(val_images) for t in trainings):
         note = "note: the generator may have been trained on the validation images used here"
     elif n := trained_on.get("n_real"):
-        same = n <= len(real[0]) and trained_on["training"] == fingerprint(real[0][balanced(real[1], n, 0)])
+        same = len(seen_indices(trained_on, *real)) > 0
         note = f"the generator was trained on {n} real images, {'' if same else 'not '}those that n_real={n} takes here"
         note += ", and started from weights of an earlier training" * (len(trainings) > 1)
     return (images, labels), manifest, note

@@ -514,6 +514,17 @@ def balanced(labels, n, seed):
     return order[np.argsort(rank[order], kind="stable")][:n]
 
 
+def seen_indices(trained_on, images, labels):
+    """Indices of the n_real images that train.py took, by their hash in trained_on; empty if it took others.
+
+    images, labels: the training split without the validation images; labels may be None.
+    """
+    if trained_on["n_real"] > len(images):
+        return np.arange(0)
+    index = balanced(np.zeros(len(images)) if labels is None else labels, trained_on["n_real"], 0)
+    return index if fingerprint(images[index]) == trained_on["training"] else np.arange(0)
+
+
 class Batches:
     """Training batches from uint8 images that stay on the device. Batch `step` is a pure function of (seed, step).
 

@@ -27,6 +27,7 @@ from data import (
     load_splits,
     read_json,
     save_json,
+    seen_indices,
     tile,
     training_count,
 )
@@ -175,10 +176,7 @@ def seen_by_generator(folder, images, labels):
     if "n_real" not in trained_on:
         return np.arange(len(images))
     n_train = training_count(len(images), trained_on["val_fraction"])
-    if trained_on["n_real"] > n_train:
-        return np.arange(0)
-    index = balanced(np.zeros(n_train) if labels is None else labels[:n_train], trained_on["n_real"], 0)
-    return index if fingerprint(images[index]) == trained_on["training"] else np.arange(0)
+    return seen_indices(trained_on, images[:n_train], None if labels is None else labels[:n_train])
 
 
 def memorisation(images, X, train, test, n_train):
