@@ -167,16 +167,17 @@ def share_nearer(near, far, n):
 
 
 def seen_by_generator(folder, images, labels):
-    """Indices of the training images that a set's generator saw: those of n_real by its manifest.json, else all.
+    """Indices of the training images that a set's generator saw, by its manifest.json; all if it cannot be told.
 
-    Empty if the generator saw n_real images that are not among these.
+    The validation images are left out, and with n_real the others too. Empty if it saw n_real images that are not here.
     """
     path = f"{folder}/manifest.json"
     trained_on = read_json(path).get("trained_on", {}) if os.path.exists(path) else {}
-    if "n_real" not in trained_on:
-        return np.arange(len(images))
-    n_train = training_count(len(images), trained_on["val_fraction"])
-    return seen_indices(trained_on, images[:n_train], None if labels is None else labels[:n_train])
+    n_train = training_count(len(images), trained_on.get("val_fraction", 0))
+    if "n_real" in trained_on:
+        return seen_indices(trained_on, images[:n_train], None if labels is None else labels[:n_train])
+    same = fingerprint(images[n_train:]) == trained_on.get("validation")
+    return np.arange(n_train if same else len(images))
 
 
 def memorisation(images, X, train, test, n_train):

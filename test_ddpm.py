@@ -3018,6 +3018,15 @@ def test_evaluate_compares_a_generator_of_few_images_with_those_it_saw(capfd, re
         assert ("100.0% of the samples are nearer" in text and "a copy: 100%" in text) == (not changed)
 
 
+def test_evaluate_leaves_out_the_validation_images_of_the_generator(tmp_path):
+    images = np.arange(20 * 12, dtype=np.uint8).reshape(20, 2, 2, 3)
+    assert len(evaluate.seen_by_generator(tmp_path, images, None)) == 20
+    trained_on = dict(val_fraction=0.1, validation=data.fingerprint(images[18:]))
+    data.save_json(f"{tmp_path}/manifest.json", dict(trained_on=trained_on))
+    assert evaluate.seen_by_generator(tmp_path, images, None).tolist() == list(range(18))
+    assert len(evaluate.seen_by_generator(tmp_path, images[::-1], None)) == 20  # another set of images
+
+
 def test_evaluate_finds_copied_samples(capfd, real_shapes):
     status, text = evaluation(capfd, real_shapes, f"--samples={real_shapes}/real/train", "--n=300")
     assert status == 0 and "100.0% of the samples are nearer" in text
