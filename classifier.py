@@ -472,8 +472,9 @@ def main(config):
     with contextlib.suppress(ImportError):  # matplotlib is optional
         from plot import plot_confusion
 
-        plot_confusion(path).savefig(f"{out_dir}/confusion.png", dpi=110, bbox_inches="tight")
-        print(f"wrote {out_dir}/confusion.png")
+        image = f"{out_dir}/confusion{'_amounts' * bool(amounts)}.png"
+        plot_confusion(path).savefig(image, dpi=110, bbox_inches="tight")
+        print(f"wrote {image}")
     print(f"wrote {path}")
 
 

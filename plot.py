@@ -7,6 +7,7 @@ python plot.py confusion --results=out/classifier.json     confusion matrices of
 python plot.py data --dataset=cifar10                      class balance, augmentation, noise
 """
 
+import math
 import os
 import sys
 
@@ -150,9 +151,12 @@ def plot_confusion(path=""):
     for run in content["runs"]:
         amount = f", {run['n_real']} + {run['n_synthetic']}" if "amounts" in os.path.basename(path) else ""
         cells.setdefault(run["arm"] + amount, []).append(run)
-    size = (4.1 * len(cells) + 0.6, 4.4)
-    figure, axes = pyplot().subplots(1, len(cells), figsize=size, squeeze=False, sharey=True)
-    for axis, (title, runs) in zip(axes[0], cells.items()):
+    columns, rows = min(4, len(cells)), math.ceil(len(cells) / 4)
+    size = (4.1 * columns + 0.6, 4.4 * rows)
+    figure, axes = pyplot().subplots(rows, columns, figsize=size, squeeze=False, sharey=True)
+    for axis in axes.flat[len(cells) :]:
+        axis.set_axis_off()
+    for axis, (title, runs) in zip(axes.flat, cells.items()):
         matrix = np.sum([run["confusion"] for run in runs], axis=0)
         matrix = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
         axis.imshow(matrix, cmap="Blues", vmin=0, vmax=100)
@@ -163,7 +167,8 @@ def plot_confusion(path=""):
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.set_xlabel("predicted", fontsize=8)
-    axes[0][0].set_ylabel("true", fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("true", fontsize=8)
     figure.tight_layout()
     return figure
 

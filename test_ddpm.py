@@ -2835,6 +2835,7 @@ def test_classifier_table_of_amounts(shards, synthetic, tmp_path, capfd):
     cells = [(r["n_real"], r["n_synthetic"]) for r in runs[::2]]
     assert cells == [(9, 0), (9, 4), (9, 18), (54, 0)]
     assert "not run, it takes 1 to 21 synthetic images" in text and text.count("95% interval") == 2
+    assert os.path.exists(f"{tmp_path}/confusion_amounts.png") and not os.path.exists(f"{tmp_path}/confusion.png")
 
 
 @pytest.mark.parametrize(
