@@ -429,7 +429,8 @@ def main(config):
     if amounts or chosen != ["real"]:
         synthetic, manifest, note = load_synthetic(folder, names, real, val_images)
     content = dict(config=config, classes=names, device=on, torch=torch.__version__, synthetic=manifest, runs=[])
-    path = os.path.join(out_dir, "classifier_amounts.json" if amounts else "classifier.json")
+    suffix = "_amounts" if amounts else ""
+    path = os.path.join(out_dir, f"classifier{suffix}.json")
     os.makedirs(out_dir, exist_ok=True)
     available = n_train, len(synthetic[0])
     used = available if amounts else [min(n or N, N) for n, N in zip((n_real, n_synthetic), available)]
@@ -472,7 +473,7 @@ def main(config):
     with contextlib.suppress(ImportError):  # matplotlib is optional
         from plot import plot_confusion
 
-        image = f"{out_dir}/confusion{'_amounts' * bool(amounts)}.png"
+        image = f"{out_dir}/confusion{suffix}.png"
         plot_confusion(path).savefig(image, dpi=110, bbox_inches="tight")
         print(f"wrote {image}")
     print(f"wrote {path}")
