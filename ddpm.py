@@ -21,13 +21,11 @@ Notation, as in the papers:
 [9] Kynkäänniemi et al. 2024, Guidance in a limited interval
 """
 
-import contextlib
 import math
 import os
 import warnings
 import zipfile
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -41,18 +39,14 @@ class UserError(ValueError):
     """An error caused by the input. The scripts print it as one line."""
 
 
+def check(ok, message):
+    """Raises UserError unless ok."""
+    if not ok:
+        raise UserError(message)
+
+
 def check_choice(name, value, choices):
-    """Raises UserError unless value is one of choices."""
-    if value not in choices:
-        raise UserError(f"{name}: {value!r} is not one of {', '.join(choices)}")
-
-
-def check_range(name, value, interval):
-    """Raises UserError unless value lies in an interval such as "[0, 1)". NaN lies in none."""
-    low, high = map(float, interval[1:-1].split(","))
-    inside = isinstance(value, (int, float)) and low <= value <= high
-    if not inside or (value == low and interval[0] == "(") or (value == high and interval[-1] == ")"):
-        raise UserError(f"{name}: {value} must be in {interval}")
+    check(value in choices, f"{name}: {value!r} is not one of {', '.join(choices)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,27 +83,23 @@ class DDPMConfig:
             check_choice(name, getattr(self, name), allowed)
         for name in ("ch_mult", "attn_resolutions", "class_names"):
             setattr(self, name, tuple(getattr(self, name)))
-        whole = dict(image_size=4096, channels=4096, patch=64, ch=4096, num_res_blocks=64, timesteps=100_000)
-        for name, most in (whole | dict(num_classes=100_000)).items():
-            check_range(name, getattr(self, name), f"[{0 if name == 'num_classes' else 1}, {most}]")
-            if type(getattr(self, name)) is not int:
-                raise UserError(f"{name}: {getattr(self, name)} must be a whole number")
-        check_range("p_uncond", self.p_uncond, "[0, 1]")
-        check_range("dropout", self.dropout, "[0, 1)")
-        if self.class_names and len(self.class_names) != self.num_classes > 0:
-            raise UserError(f"{len(self.class_names)} class_names for {self.num_classes} classes")
-        if not all(type(name) is str for name in self.class_names):
-            raise UserError(f"class_names: {self.class_names} must be text")
-        if not self.ch_mult or not all(type(m) is int and 0 < m <= 64 for m in self.ch_mult) or self.ch % 2:
-            raise UserError(
-                f"ch_mult={self.ch_mult}, ch={self.ch}: multiples must be whole numbers from 1 to 64 and ch even"
-            )
+        most = dict(image_size=4096, channels=4096, patch=64, ch=4096, num_res_blocks=64, timesteps=100_000)
+        for name, limit in most.items():
+            value = getattr(self, name)
+            check(type(value) is int and 0 < value <= limit, f"{name}: {value} is not a whole number from 1 to {limit}")
+        whole = self.ch_mult and all(type(m) is int and 0 < m <= 64 for m in self.ch_mult)
+        check(whole, f"ch_mult: {self.ch_mult} must be whole numbers from 1 to 64")
+        check(self.ch % 2 == 0, f"ch: {self.ch} must be even")
+        for name in ("dropout", "p_uncond"):
+            check(0 <= getattr(self, name) <= 1, f"{name}: {getattr(self, name)} must be between 0 and 1")
         halvings = len(self.ch_mult) - (self.arch == "unet")  # the U-Net's first level keeps the resolution
-        if self.image_size % (unit := self.patch * 2**halvings):
-            raise UserError(
-                f"image_size: {self.image_size} is not divisible by {unit} (patch {self.patch}, {halvings} halvings): "
-                f"use {max(1, self.image_size // unit) * unit} or fewer entries in ch_mult"
-            )
+        unit = self.patch * 2**halvings
+        check(
+            self.image_size % unit == 0, f"image_size: {self.image_size} is not divisible by {unit} (patch, halvings)"
+        )
+        sides = [self.image_size // self.patch // 2**k for k in range(halvings + 1)]
+        missing = [side for side in self.attn_resolutions if side not in sides and self.arch == "unet"]
+        check(not missing, f"attn_resolutions: {missing}, but the feature maps have sides {sides}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,13 +112,10 @@ def make_betas(schedule, T, beta_start, beta_end):
     linear: [1]. quadratic: linear in sqrt(beta). sigmoid: a logistic curve over -6..6. cosine: [2] eq. 17 with
     s = 0.008 and betas clipped at 0.999; it ignores beta_start and beta_end.
     """
-    check_choice("schedule", schedule, SCHEDULES)
-    check_range("beta_start", beta_start, "[0, 1)")
-    check_range("beta_end", beta_end, "[0, 1)")
     if schedule == "linear":
         betas = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
     elif schedule == "quadratic":
-        betas = torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64) ** 2
+        betas = torch.linspace(abs(beta_start) ** 0.5, abs(beta_end) ** 0.5, T, dtype=torch.float64) ** 2
     elif schedule == "sigmoid":
         x = torch.linspace(-6, 6, T, dtype=torch.float64)
         betas = beta_start + (beta_end - beta_start) * torch.sigmoid(x)
@@ -136,26 +123,9 @@ def make_betas(schedule, T, beta_start, beta_end):
         u = torch.arange(T + 1, dtype=torch.float64) / T
         f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-    if not bool(((betas > 0) & (betas < 1)).all()):
-        raise UserError(
-            f"schedule {schedule} with beta_start={beta_start:g} and beta_end={beta_end:g}: betas run from "
-            f"{betas.min():.3g} to {betas.max():.3g} but must lie between 0 and 1"
-        )
+    inside = bool(((betas > 0) & (betas < 1)).all())
+    check(inside, f"schedule {schedule}: betas run from {betas.min():.3g} to {betas.max():.3g}, not between 0 and 1")
     return betas
-
-
-def warn_if_signal_remains(T, beta_start, beta_end, abar_T):
-    """Warns when sqrt(abar_T) > 0.1, and suggests a T or a beta_end that fixes it."""
-    if abar_T**0.5 <= 0.1:
-        return
-    k = math.log(0.01) / math.log(abar_T)  # -log(abar_T) is about T times the mean beta: it has to grow k-fold
-    steeper = 1.05 * k * (beta_start + beta_end)
-    warnings.warn(
-        f"timesteps={T} with beta_end={beta_end:g} leaves sqrt(abar_T) = {abar_T**0.5:.2f} of the image at the last "
-        f"step, but sampling starts from pure noise: use timesteps={math.ceil(1.01 * k * T)}"
-        + (f" or beta_end={steeper:.3g}" if steeper < 0.95 else ""),
-        stacklevel=3,
-    )
 
 
 def loss_weights(weighting, objective, betas, abar):
@@ -164,7 +134,6 @@ def loss_weights(weighting, objective, betas, abar):
     simple: 1 ([1] eq. 14 for eps). vlb: the bound of [1] eq. 12 with variance beta_t, in nats per dimension.
     min_snr: [7] with gamma = 5. One error has three sizes: |eps_err|^2 = snr |x0_err|^2 = abar |v_err|^2.
     """
-    check_choice("weighting", weighting, WEIGHTINGS)
     if weighting == "simple":
         return torch.ones_like(betas)
     snr = abar / (1 - abar)
@@ -186,22 +155,30 @@ def zero_init(module):
     return module
 
 
-def group_norm(x, groups, weight, bias, eps):
-    """F.group_norm in x's dtype: on a GPU autocast would run it, and the SiLU and dropout that follow, in float32."""
-    if x.is_cpu:
-        return F.group_norm(x, groups, weight, bias, eps)
-    with torch.autocast(x.device.type, enabled=False):
-        return F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
-
-
 class GroupNorm(nn.GroupNorm):
-    """Normalisation with at most 32 groups of at least 4 channels, for any width."""
+    """At most 32 groups of at least 4 channels, for any width; in x's dtype, where autocast would take float32."""
 
     def __init__(self, ch):
         super().__init__(next(g for g in range(max(1, min(32, ch // 4)), 0, -1) if ch % g == 0), ch)
 
     def forward(self, x):
-        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class Upsample(nn.Conv2d):
+    """Nearest-neighbour 2x upsampling and a 3x3 convolution."""
+
+    def __init__(self, ch):
+        super().__init__(ch, ch, 3, padding=1)
+
+    def forward(self, x):
+        # super().forward(F.interpolate(x, scale_factor=2)), fused into one 4x4 transposed convolution (a training step
+        # of cifar_small is 1.04 to 1.08x faster on a CPU): its kernel is the flipped 3x3 kernel spread over 2x2 pixels.
+        kernel = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
+        kernel = kernel[..., 1:] + kernel[..., :-1]
+        kernel = kernel[..., 1:, :] + kernel[..., :-1, :]  # (out, in, 4, 4)
+        return F.conv_transpose2d(x, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
 
 
 def sinusoidal_embedding(t, dim):
@@ -235,44 +212,8 @@ class FiLM(nn.Module):
         self.norm, self.affine = GroupNorm(ch), nn.Linear(dim, 2 * ch)
 
     def forward(self, h, emb):
-        # self.norm(h) * (1 + scale) + shift, in one pass over h: the scale and shift are folded into the norm's own
-        # weight and bias, which differ per image, so the batch is viewed as one image of B * C channels.
-        B, C, H, W = h.shape
-        norm = self.norm
-        scale, shift = self.affine(emb).chunk(2, dim=1)  # (B, C)
-        if B * norm.num_groups > 65535 and not h.is_cpu:  # more groups than CUDA's backward takes
-            return self.norm(h) * (1 + scale)[..., None, None] + shift[..., None, None]
-        weight = norm.weight * (1 + scale)
-        bias = norm.bias * (1 + scale) + shift
-        h = h.reshape(1, B * C, H, W)
-        return group_norm(h, B * norm.num_groups, weight.flatten(), bias.flatten(), norm.eps).view(B, C, H, W)
-
-
-class Upsample(nn.Conv2d):
-    """Nearest-neighbour 2x upsampling and a 3x3 convolution."""
-
-    def __init__(self, ch):
-        super().__init__(ch, ch, 3, padding=1)
-
-    def forward(self, x):
-        # super().forward(F.interpolate(x, scale_factor=2)), fused into one 4x4 transposed convolution: its kernel is
-        # the flipped 3x3 kernel convolved with a 2x2 square of ones.
-        kernel = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
-        kernel = kernel[..., 1:] + kernel[..., :-1]
-        kernel = kernel[..., 1:, :] + kernel[..., :-1, :]  # (out, in, 4, 4)
-        return F.conv_transpose2d(x, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout. On a CPU each mask value takes 16 random bits, which makes a training step up to 1.2x faster."""
-
-    def forward(self, x):
-        if not (self.training and self.p and x.is_cpu) or torch.compiler.is_compiling():
-            return super().forward(x)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        kept = max(1, round((1 - self.p) * 2**16))  # of the 2**16 values
-        mask = bits[: x.numel()].view_as(x) >= 2**15 - kept
-        return x * mask.to(x.dtype).mul_(2**16 / kept)
+        scale, shift = self.affine(emb)[..., None, None].chunk(2, dim=1)  # (B, C, 1, 1)
+        return self.norm(h) * (1 + scale) + shift
 
 
 class Attention(nn.Module):
@@ -286,11 +227,11 @@ class Attention(nn.Module):
     def forward(self, x):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2)
-        q, k, v = qkv.unbind(1)  # (B, heads, H*W, C/heads) each
-        if x.is_cpu:  # faster than the fused kernel there
+        q, k, v = qkv.contiguous().unbind(1)  # (B, heads, H*W, C/heads) each
+        if x.is_cpu:  # 1.03 to 1.11x faster than the fused kernel there
             h = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1) @ v
-        else:  # contiguous: the fused kernels ask for it
-            h = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
+        else:
+            h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj(h.transpose(-1, -2).reshape(B, C, H, W))
 
 
@@ -300,7 +241,7 @@ class ResBlock(nn.Module):
     def __init__(self, cin, cout, dim, dropout, attention):
         super().__init__()
         self.norm, self.conv1 = GroupNorm(cin), nn.Conv2d(cin, cout, 3, padding=1)
-        self.film, self.dropout = FiLM(cout, dim), Dropout(dropout)
+        self.film, self.dropout = FiLM(cout, dim), nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(cout, cout, 3, padding=1))
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
         self.attention = Attention(cout) if attention else nn.Identity()
@@ -369,7 +310,8 @@ class CNN(nn.Module):
         self.convs = nn.ModuleList([nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairs])
         self.convs.extend([nn.ConvTranspose2d(b, a, 4, stride=2, padding=1) for a, b in reversed(pairs)])
         self.films = nn.ModuleList([FiLM(conv.out_channels, 4 * c.ch) for conv in self.convs])
-        self.dropout, self.out = Dropout(c.dropout), zero_init(nn.Conv2d(c.ch, c.channels * c.patch**2, 3, padding=1))
+        self.dropout = nn.Dropout(c.dropout)
+        self.out = zero_init(nn.Conv2d(c.ch, c.channels * c.patch**2, 3, padding=1))
 
     def forward(self, x, t, y):
         emb, h = self.condition(t, y), self.stem(F.pixel_unshuffle(x, self.patch))
@@ -406,27 +348,12 @@ def make_generator(seed, k=0, device="cpu"):
 
 
 def image_noise(generators, shape, device="cpu"):
-    """The next N(0, 1) noise of each generator, (B, *shape) float32, drawn on the CPU.
+    """The next N(0, 1) noise of each generator, (B, *shape), drawn on the CPU.
 
     Noise belongs to the image: image k of a seed draws from generator k, so it is the same in any batch, on any number
     of processes and in a resumed run.
     """
-    on_cuda = torch.device(device).type == "cuda"
-    noise = torch.empty((len(generators), *shape), pin_memory=on_cuda)  # pinned: the copy does not wait for the GPU
-    for row, generator in zip(noise, generators):
-        row.normal_(generator=generator)
-    return noise.to(device, non_blocking=on_cuda)
-
-
-@contextlib.contextmanager
-def evaluating(module):
-    """Temporarily puts a module into eval mode (dropout off)."""
-    was_training = module.training
-    module.eval()
-    try:
-        yield module
-    finally:
-        module.train(was_training)
+    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -458,22 +385,21 @@ class DDPM(nn.Module):
         self.shape = (config.channels, config.image_size, config.image_size)
         self.net = {"unet": UNet, "cnn": CNN}[config.arch](config)
         self.amp_dtype = None  # torch.bfloat16 or float16: run the network, and nothing else, under autocast
-        self.compiled = False
         betas = make_betas(config.schedule, self.T, config.beta_start, config.beta_end)
         abar = torch.cumprod(1 - betas, dim=0)
         self.abar = abar.tolist()  # float64, for the samplers
-        if self.abar[-1] < 1e-300:
-            raise UserError(f"timesteps={self.T}: alpha_bar falls to zero in float64: lower timesteps or beta_end")
-        warn_if_signal_remains(self.T, config.beta_start, config.beta_end, self.abar[-1])
-        tables = dict(betas=betas, alphas_bar=abar)
-        tables["q_var"] = 1 - abar  # computed in float64: in float32 it would lose digits at small t
+        check(self.abar[-1] > 1e-300, f"timesteps: {self.T} steps of these betas leave alpha_bar 0 in float64")
+        if self.abar[-1] > 0.01:
+            left = f"timesteps={self.T}: the last step leaves sqrt(abar_T) = {self.abar[-1] ** 0.5:.2f} of the image"
+            warnings.warn(f"{left}, but sampling starts from pure noise: raise timesteps or beta_end", stacklevel=2)
+        tables = dict(abar_t=abar, q_var=1 - abar)  # 1 - abar in float64: float32 would lose digits at small t
         tables["loss_weight"] = loss_weights(config.weighting, config.objective, betas, abar)
         for name, table in tables.items():
             self.register_buffer(name, table.to(torch.get_default_dtype()), persistent=False)
 
     def signal_noise(self, t):
         """sqrt(abar_t) and sqrt(1 - abar_t), (B, 1, 1, 1) each: the coefficients of x0 and eps in xt."""
-        return tuple(table[t].sqrt()[:, None, None, None] for table in (self.alphas_bar, self.q_var))
+        return tuple(table[t].sqrt()[:, None, None, None] for table in (self.abar_t, self.q_var))
 
     def q_sample(self, x0, t, eps):
         """The noisy image xt ~ q(xt | x0) ([1] eq. 4), (B, C, H, W)."""
@@ -482,10 +408,8 @@ class DDPM(nn.Module):
 
     def target(self, x0, eps, t):
         """What the network should output: eps, x0, or v = sqrt(abar) eps - sqrt(1 - abar) x0 ([5])."""
-        if self.config.objective == "v":
-            a, s = self.signal_noise(t)
-            return a * eps - s * x0
-        return eps if self.config.objective == "eps" else x0
+        a, s = self.signal_noise(t)
+        return {"eps": eps, "x0": x0, "v": a * eps - s * x0}[self.config.objective]
 
     def to_x0_eps(self, out, xt, t):
         """The network's output as (x0_hat, eps_hat), (B, C, H, W) each ([1] eq. 15, [5] app. D)."""
@@ -495,14 +419,6 @@ class DDPM(nn.Module):
         if self.config.objective == "v":
             return a * xt - s * out, s * xt + a * out
         return out, (xt - a * out) / s
-
-    def compile_network(self, options=None):
-        """Compiles the network for one batch shape: `sample_batches` fills up the last batch, `guided` calls it twice.
-
-        options: of torch.compile.
-        """
-        self.net.compile(dynamic=False, options=options)  # in place: parameter names stay those of the plain module
-        self.compiled = True
 
     def network(self, xt, t, y):
         """The network's output in xt's dtype, (B, C, H, W). y None: the null label for all."""
@@ -530,8 +446,7 @@ class DDPM(nn.Module):
         x0 (B, C, H, W) in [-1, 1]; y (B,) labels, None for an unconditional model; t and eps: both, or drawn here.
         Labels are not dropped here: training calls `drop_labels` first. Raises UserError for a wrong image shape.
         """
-        if tuple(x0.shape[1:]) != self.shape:
-            raise UserError(f"images of shape {tuple(x0.shape[1:])}, but this model takes {self.shape} (C, H, W)")
+        check(tuple(x0.shape[1:]) == self.shape, f"images of {tuple(x0.shape[1:])}, but this model takes {self.shape}")
         if t is None:
             t, eps = self.random_t_eps(len(x0), device=x0.device)
         out = self.network(self.q_sample(x0, t, eps), t, y)
@@ -539,24 +454,17 @@ class DDPM(nn.Module):
         return self.loss_weight[t] * loss(out, self.target(x0, eps, t), reduction="none").mean(dim=(1, 2, 3))
 
     # -----------------------------------------------------------------------------------------------------------------
-    # guidance
+    # guidance and sampling
 
     def guided(self, xt, t, y, w):
         """(1 + w) net(y) - w net(null) ([3] eq. 6; x0 and v are affine in eps, so the same line serves them).
 
-        w = 0 is the conditional and w = -1 the unconditional model, each one call; any other w is one call of 2B, or
-        two of B when compiled.
+        w = 0 is the conditional and w = -1 the unconditional model, one call each; any other w takes two calls.
         """
-        if y is None or w == -1:
-            return self.network(xt, t, None)
-        if w == 0:
+        if w == 0 or y is None:
             return self.network(xt, t, y)
-        if self.compiled:
-            conditional, unconditional = self.network(xt, t, y), self.network(xt, t, None)
-        else:
-            out = self.network(xt.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, torch.full_like(y, self.K)]))
-            conditional, unconditional = out.chunk(2)
-        return (1 + w) * conditional - w * unconditional
+        unconditional = self.network(xt, t, None)
+        return unconditional if w == -1 else (1 + w) * self.network(xt, t, y) - w * unconditional
 
     def predict(self, xt, t, y, w, clip_x0=True):
         """(x0_hat, eps_hat) under guidance. Where x0_hat is clipped, eps_hat changes with it, so that both give xt."""
@@ -567,17 +475,12 @@ class DDPM(nn.Module):
             eps_hat = (xt - a * x0_hat) / s
         return x0_hat, eps_hat
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # sampling
-
-    def sampler_timesteps(self, steps=None):
-        """The timesteps that a sampler visits, decreasing from T-1; all T by default.
+    def sampler_timesteps(self, steps):
+        """The timesteps that a sampler visits, decreasing from T-1.
 
         Evenly spaced in sigma^(1/7) ([8] eq. 5), from the schedule's last sigma (at most 80) down to 0.03; the last
-        step jumps from there to x0_hat. Raises UserError unless 1 <= steps <= T.
+        step jumps from there to x0_hat.
         """
-        steps = self.T if steps is None else steps
-        check_range("steps", steps, f"[1, {self.T}]")
         sigma = torch.tensor([sigma_of(a) for a in self.abar], dtype=torch.float64)
         high, low = sigma[-1].clamp(max=80) ** (1 / 7), sigma[0].clamp(min=0.03) ** (1 / 7)
         wanted = (low + torch.linspace(1, 0, steps, dtype=torch.float64) * (high - low)) ** 7
@@ -588,75 +491,62 @@ class DDPM(nn.Module):
             ts[i] = max(min(ts[i], ts[i - 1] - 1), steps - 1 - i)
         return ts
 
-    def check_sampling(self, y, w, sampler, steps, eta, variance, interval, **others):
-        """Raises UserError for what `sample` cannot do; returns the timesteps."""
+    def check_sampling(self, y, w, sampler, steps, eta, interval):
+        """Raises UserError for what `sample` cannot do. y (B,) or None."""
         check_choice("sampler", sampler, SAMPLERS)
-        check_choice("variance", variance, ("posterior", "beta"))
-        check_range("eta", eta, "[0, 1]")
-        check_range("w", w, "(-inf, inf)")
-        if (eta and sampler != "ddim") or (variance != "posterior" and sampler != "ddpm"):
-            raise UserError(f"eta={eta:g} is for ddim and variance={variance} for ddpm, but the sampler is {sampler}")
-        for end in interval:
-            check_range("interval", end, "[0, inf)")
-        if interval and not (len(interval) == 2 and interval[0] <= interval[1]):
-            raise UserError(f"interval: {interval} must be low,high or empty")
-        if y is not None and not bool(((y >= 0) & (y < self.K)).all()):
-            raise UserError(f"labels {y.tolist()}, but this model has {self.K} classes")
-        if w != 0 and not self.K:
-            raise UserError(f"w={w:g}: an unconditional model cannot be guided")
-        if self.K and self.config.p_uncond == 0 and (y is None or w != 0):
-            raise UserError(f"w={w:g} needs a null label, but this model was trained at p_uncond=0: use w=0")
-        return self.sampler_timesteps(steps)
+        check(1 <= steps <= self.T, f"steps: {steps} must be between 1 and {self.T}")
+        check(0 <= eta <= (sampler == "ddim"), f"eta: {eta} must be between 0 and 1, and 0 unless the sampler is ddim")
+        check(math.isfinite(w), f"w: {w} must be finite")
+        check(len(interval) in (0, 2), f"interval: {interval} must be low,high or empty")
+        if y is not None and len(y):
+            check(0 <= y.min() and y.max() < self.K, f"labels {y.tolist()}, but this model has {self.K} classes")
+        check(w == 0 or self.K, f"w={w:g}: an unconditional model cannot be guided")
+        guidable = self.K == 0 or self.config.p_uncond > 0 or (w == 0 and y is not None)
+        check(guidable, f"w={w:g} needs a null label, but this model was trained at p_uncond=0: use w=0")
 
     @torch.no_grad()
-    def sample(self, y=None, w=0.0, seed=0, indices=None, sampler="ddpm", steps=None, eta=0.0, clip_x0=True,
-               variance="posterior", interval=(), on_step=None):  # fmt: skip
-        """Samples images (B, C, H, W), about in [-1, 1], on the model's device.
+    def sample(self, y=None, w=0.0, seed=0, indices=None, sampler="ddpm", steps=None, eta=0.0, interval=(),
+               clip_x0=True, on_step=None):  # fmt: skip
+        """Samples images (B, C, H, W), about in [-1, 1], on the model's device. Leaves the model in eval mode.
 
         y: (B,) labels; None: the null label. w: guidance ([3]: 0 is none). seed, indices: image i has noise
-        indices[i] of the seed, default 0..B-1. sampler: `ddpm` ([1] alg. 2, with `posterior` or `beta` variance),
-        `ddim` ([4]; eta = 0 adds no noise, eta = 1 equals ddpm) or `dpm++` ([6], second-order multistep).
-        steps: how many of the T steps, default all. interval: (low, high), guide only while sigma_t is in between
-        ([9]; for w > 0); the other steps cost half. on_step(i, xt, x0_hat) is called after each step.
+        indices[i] of the seed, default 0..B-1. sampler: `ddpm` ([1] alg. 2), `ddim` ([4]; eta = 1 equals ddpm) or
+        `dpm++` ([6], second-order multistep). steps: how many of the T steps, default all. interval: (low, high), guide
+        only while sigma_t is in between ([9]; for w > 0). on_step(i, xt, x0_hat) is called after each step.
         Raises UserError for labels or settings that do not fit the model.
         """
-        if y is None and indices is None:
-            raise UserError("how many images? Give y (labels), or indices=range(n) for unlabelled ones")
-        if y is not None and indices is not None and len(y) != len(indices):
-            raise UserError(f"{len(y)} labels, but {len(indices)} indices")
-        timesteps = self.check_sampling(y, w, sampler, steps, eta, variance, interval)
-        device = self.betas.device
+        steps, device = steps or self.T, self.loss_weight.device
+        self.check_sampling(y, w, sampler, steps, eta, interval)
+        check(y is not None or indices is not None, "how many images? Give y (labels), or indices=range(n)")
         indices = range(len(y)) if indices is None else indices
+        check(y is None or len(y) == len(indices), f"{len(indices)} indices, but another number of labels")
         y = None if y is None else y.to(device)
         generators = [make_generator(seed, k) for k in indices]
-        noise = partial(image_noise, generators, self.shape, device)
-        xt, x0_prev, h_prev = noise(), None, None
-        with evaluating(self):
-            for i, t in enumerate(timesteps):
-                last = i == len(timesteps) - 1
-                abar_t, abar_s = self.abar[t], 1.0 if last else self.abar[timesteps[i + 1]]
-                guide = w < 0 or not interval or interval[0] <= sigma_of(abar_t) <= interval[1]
-                t_batch = torch.full((len(indices),), t, device=device)
-                x0_hat, eps_hat = self.predict(xt, t_batch, y, w if guide else 0, clip_x0)
-                if last:
-                    xt = x0_hat  # every sampler ends at abar_s = 1
-                elif sampler == "ddpm":
-                    c0, ct, var = posterior_coefficients(abar_t, abar_s)
-                    var = var if variance == "posterior" else 1 - abar_t / abar_s  # [1] sec. 3.2
-                    xt = c0 * x0_hat + ct * xt + var**0.5 * noise()
-                elif sampler == "ddim":
-                    std = eta * posterior_coefficients(abar_t, abar_s)[2] ** 0.5  # [4] eq. 16
-                    rest = max(0.0, 1 - abar_s - std**2)  # rounding may leave -1e-16
-                    xt = abar_s**0.5 * x0_hat + rest**0.5 * eps_hat  # [4] eq. 12
-                    xt = xt + std * noise() if eta else xt
-                else:
-                    # [6] alg. 2 with h the step in lambda = -log sigma and 1 / (2 r) = h / (2 h_prev)
-                    h = math.log(sigma_of(abar_t) / sigma_of(abar_s))
-                    D = x0_hat if x0_prev is None else x0_hat + h / (2 * h_prev) * (x0_hat - x0_prev)
-                    xt = ((1 - abar_s) / (1 - abar_t)) ** 0.5 * xt - abar_s**0.5 * math.expm1(-h) * D
-                    x0_prev, h_prev = x0_hat, h
-                if on_step:
-                    on_step(i, xt, x0_hat)
+        xt, x0_prev, h_prev = image_noise(generators, self.shape, device), None, None
+        timesteps = self.sampler_timesteps(steps)
+        self.eval()
+        for i, t in enumerate(timesteps):
+            abar_t = self.abar[t]
+            guide = w < 0 or not interval or interval[0] <= sigma_of(abar_t) <= interval[1]
+            t_batch = torch.full((len(indices),), t, device=device)
+            x0_hat, eps_hat = self.predict(xt, t_batch, y, w if guide else 0, clip_x0)
+            abar_s = 1.0 if i == steps - 1 else self.abar[timesteps[i + 1]]
+            if abar_s == 1:  # every sampler ends at x0_hat
+                xt = x0_hat
+            elif sampler == "ddpm":
+                c0, ct, var = posterior_coefficients(abar_t, abar_s)
+                xt = c0 * x0_hat + ct * xt + var**0.5 * image_noise(generators, self.shape, device)
+            elif sampler == "ddim":
+                var = eta**2 * posterior_coefficients(abar_t, abar_s)[2]  # [4] eq. 16
+                xt = abar_s**0.5 * x0_hat + max(0, 1 - abar_s - var) ** 0.5 * eps_hat  # [4] eq. 12; rounding: -1e-16
+                xt = xt + var**0.5 * image_noise(generators, self.shape, device) if eta else xt
+            else:  # [6] alg. 2 with h the step in lambda = -log sigma and 1 / (2 r) = h / (2 h_prev)
+                h = math.log(sigma_of(abar_t) / sigma_of(abar_s))
+                D = x0_hat if x0_prev is None else x0_hat + h / (2 * h_prev) * (x0_hat - x0_prev)
+                xt = ((1 - abar_s) / (1 - abar_t)) ** 0.5 * xt - abar_s**0.5 * math.expm1(-h) * D
+                x0_prev, h_prev = x0_hat, h
+            if on_step:
+                on_step(i, xt, x0_hat)
         return xt
 
     def sample_batches(self, y, indices, batch_size, **settings):
@@ -665,11 +555,8 @@ class DDPM(nn.Module):
         settings: keyword arguments of `sample`.
         """
         for part in torch.arange(len(indices)).split(batch_size):
-            n = len(part)
-            if self.compiled:  # for one shape: fill up the last batch
-                part = part.repeat(-(-batch_size // n))[:batch_size]
             x = self.sample(None if y is None else y[part], indices=[indices[k] for k in part], **settings)
-            yield to_uint8(x)[:n].cpu()
+            yield to_uint8(x).cpu()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -692,119 +579,40 @@ def make_optimizer(model, lr, weight_decay):
     return torch.optim.AdamW(groups, lr=lr, fused=matrices[0].device.type != "mps")
 
 
-class EMA:
-    """Exponential moving average of a module's parameters; update k has decay min(decay, (1 + k) / (10 + k))."""
-
-    def __init__(self, model, decay=0.9999):
-        self.params = dict(model.named_parameters())
-        self.shadow = {name: p.detach().clone() for name, p in self.params.items()}
-        self.decay, self.updates = decay, 0
-
-    @torch.no_grad()
-    def update(self):
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.shadow.values()), list(self.params.values()), 1 - decay)
-        self.updates += 1
-
-    @contextlib.contextmanager
-    def applied(self):
-        """Temporarily swaps in the averaged weights (in place, so a compiled network sees them)."""
-        raw = {name: p.detach().clone() for name, p in self.params.items()}
-        self.copy(self.shadow, self.params)
-        try:
-            yield
-        finally:
-            self.copy(raw, self.params)
-
-    def state_dict(self):
-        return {"updates": self.updates, "shadow": self.shadow}
-
-    def load_state_dict(self, state):
-        for name, p in self.shadow.items():
-            if state["shadow"][name].shape != p.shape:
-                raise ValueError(f"{name} is {tuple(state['shadow'][name].shape)}, expected {tuple(p.shape)}")
-        self.updates = state["updates"]
-        self.copy(state["shadow"], self.shadow)
-
-    @torch.no_grad()
-    def copy(self, source, target):
-        for name, p in target.items():
-            p.copy_(source[name])
+@torch.no_grad()
+def update_ema(ema, model, step, decay):
+    """Moves the averaged weights, a copy of the model, towards the model's. The first steps average over fewer."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
 
 
-@contextlib.contextmanager
-def atomic_write(path):
-    """Opens a temporary file for writing and renames it to `path` at the end: `path` is whole at any moment.
+def load_checkpoint(path):
+    """Reads a checkpoint of train.py onto the CPU without executing anything in it, as a dict.
 
-    Raises UserError if the disk is full, or the like.
+    Raises UserError if it is missing or damaged, or not a checkpoint of train.py.
     """
-    temporary = f"{path}.{os.getpid()}.tmp"
+    check(os.path.exists(path), f"no checkpoint {path}: train a model first, or give its folder with --out_dir")
     try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException as e:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        cause = e if isinstance(e, OSError) else e.__context__  # torch.save raises its own error from it
-        if isinstance(cause, OSError):
-            kept = "; the file that was there is unchanged" if os.path.exists(path) else ""
-            raise UserError(f"cannot write {path}: {cause.strerror or cause}{kept}") from None
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
+        checkpoint = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
         raise
-
-
-@contextlib.contextmanager
-def reading(path):
-    """Whatever goes wrong while a checkpoint is read or used is raised as a UserError of one line."""
-    try:
-        yield
-    except PermissionError:
-        raise UserError(f"cannot read checkpoint {path}: permission denied") from None
-    except (UserError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as e:
-        reason = " ".join(str(e).split())[:120]
-        raise UserError(f"checkpoint {path} is damaged or not of this program ({type(e).__name__}: {reason})") from None
-
-
-def load_checkpoint(path, keys=("model_args", "ema", "step")):
-    """Reads a checkpoint onto the CPU without executing anything in it: a dict that has `keys`.
-
-    Raises UserError if it is missing or damaged.
-    """
-    if not os.path.exists(path):
-        raise UserError(f"no checkpoint {path}: train a model first, or give its folder with --out_dir")
-    with reading(path):
-        if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
-            raise ValueError(f"checksum of {damaged}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if missing := set(keys) - checkpoint.keys():
-            raise ValueError(f"no {', '.join(sorted(missing))}")
+    except Exception:  # of a damaged file: any
+        checkpoint = {}
+    check({"model_args", "ema", "step"} <= set(checkpoint), f"checkpoint {path} is damaged or not of train.py")
     return checkpoint
 
 
 def load_model(path, ema=True, device="cpu", amp_dtype=None):
-    """Returns (model, info): a checkpoint's DDPM in eval mode with averaged or raw weights, and what it is.
-
-    info: dict(path, step, trained_on: what train.py says of the data, description: one line).
-    """
+    """Returns (model, checkpoint): the DDPM of a checkpoint in eval mode, with averaged or raw weights."""
     checkpoint = load_checkpoint(path)
-    if not ema and "model" not in checkpoint:
-        raise UserError(f"{path} holds only averaged weights: use --ema=True")
-    with reading(path):
-        model = DDPM(DDPMConfig(**checkpoint["model_args"]))
-        model.load_state_dict(checkpoint["ema"]["shadow"] if ema else checkpoint["model"])
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise ValueError("weights that are not finite")
-        if type(step := checkpoint["step"]) is not int:
-            raise ValueError(f"step {step!r}")
+    check(ema or "model" in checkpoint, f"{path} holds only averaged weights: use --ema=True")
+    model = DDPM(DDPMConfig(**checkpoint["model_args"]))
+    weights = checkpoint["ema" if ema else "model"]
+    model.load_state_dict(weights.get("shadow", weights))  # shadow: the layout of weights/cifar_small.pt
     model.amp_dtype = amp_dtype
-    description = f"{path}, step {step}, {'averaged' if ema else 'raw'} weights"
-    info = dict(path=path, step=step, trained_on=checkpoint.get("trained_on", {}), description=description)
-    return model.to(device).eval(), info
+    return model.to(device).eval(), checkpoint
