@@ -1,0 +1,180 @@
+"""What every script needs of the machine: device, processes, a lock, whole files, progress, and the model to sample."""
+
+import contextlib
+import ctypes
+import datetime
+import os
+import signal
+import sys
+import time
+from importlib.util import find_spec
+
+import torch
+import torch.distributed as dist
+
+from configurator import HERE, print_user_error
+from ddpm import UserError, check, check_choice, load_model
+
+# ---------------------------------------------------------------------------------------------------------------------
+# device
+
+
+def setup_device(device="auto", dtype="auto", use_compile="auto"):
+    """Resolves three settings to (device, autocast dtype or None, compile or not), and prepares the device.
+
+    auto: cuda, mps or cpu, under torchrun the GPU of this process; bfloat16 where GPU or CPU compute in it, float16 on
+    an older GPU, else no autocast; compile on cuda where Triton is. Raises UserError for a device that is not there.
+    """
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    device = next(kind for kind in there if there[kind]) if device == "auto" else device
+    kind, colon, index = device.partition(":")
+    check_choice("device", kind, [kind for kind in there if there[kind]])
+    check_choice("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+    check_choice("use_compile", use_compile, ("auto", "True", "False"))
+    check(kind == "cuda" or not colon, f"device: {device} has a number, which only GPUs of CUDA have")
+    if kind == "cuda":
+        index, count = index or os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
+        check(index.isdecimal() and int(index) < count, f"device: cuda:{index} is not there (GPUs: {count})")
+        device = f"cuda:{index}"
+        torch.cuda.set_device(device)  # for all calls that name no GPU
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+        half = "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
+    elif kind == "cpu":
+        keep_freed_memory()
+        half = "bfloat16" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "float32"
+    dtype = dtype if dtype != "auto" else "float32" if kind == "mps" else half
+    compiles = use_compile == "True" or (use_compile == "auto" and kind == "cuda" and find_spec("triton") is not None)
+    return device, None if dtype == "float32" else getattr(torch, dtype), compiles
+
+
+def keep_freed_memory():
+    """Tells glibc to keep freed memory: returning it and faulting it in again is 10% of a training step on a CPU."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes
+
+
+def join_processes(device):
+    """(rank, world) of this process under torchrun, after it has joined the others; (0, 1) without torchrun.
+
+    It waits for the others for days: while rank 0 decodes a data set, or makes more shards than they.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1
+    nccl = device.startswith("cuda") and dist.is_nccl_available()  # it is not on Windows
+    gpu = torch.device(device) if nccl else None
+    try:
+        dist.init_process_group("nccl" if nccl else "gloo", timeout=datetime.timedelta(days=20), device_id=gpu)
+    except (RuntimeError, ValueError) as e:
+        raise UserError(f"the processes do not reach each other: {str(e).splitlines()[0]}") from None
+    sys.excepthook = print_user_error  # init_process_group puts one before it that hides what it prints
+    return dist.get_rank(), dist.get_world_size()
+
+
+def leave_processes():
+    """Ends a process of torchrun that has succeeded, after the others, before a thread of gloo can abort it."""
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def catch_signals():
+    """A list to which the first Ctrl-C or SIGTERM is appended, for a loop to end on. A second one is final."""
+    caught = []
+
+    def stop(signum, frame):
+        caught.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
+    return caught
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def lock_folder(folder):
+    """Makes a folder and locks it until this process ends. Raises UserError if another process has locked it."""
+    os.makedirs(folder, exist_ok=True)
+    with contextlib.suppress(ImportError):  # Windows
+        import fcntl
+
+        try:
+            fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            check(False, f"{folder} is in use by another process: wait for it, or use another folder")
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Opens a temporary file for writing and renames it to `path` at the end: `path` is whole at any moment.
+
+    Raises UserError if the disk is full, or the like.
+    """
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:
+        cause = e if isinstance(e, OSError) else e.__context__  # torch.save hides it
+        check(not isinstance(cause, OSError), f"cannot write {path}: {getattr(cause, 'strerror', '')}")
+        raise
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a person reads
+
+
+def duration(seconds):
+    """12 s, 3.4 min, 5.6 h or 7.8 days."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def progress(title, share, start):
+    """Shows on one line how much is done (0..1) and the time left. Silent unless stderr is a terminal."""
+    if sys.stderr and sys.stderr.isatty():
+        left = duration((time.time() - start) * (1 - share) / max(share, 1e-9))
+        print(f"\r{title}: {share:4.0%}, {left} left    ", end="\n" if share >= 1 else "", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the model to sample
+
+
+def open_model(out_dir, ema, device, amp_dtype):
+    """load_model of out_dir's checkpoint. Where the default out_dir, `out`, has none, of the pretrained weights."""
+    path = os.path.join(out_dir, "ckpt.pt")
+    if os.path.normpath(out_dir) == "out" and not os.path.exists(path):
+        path = os.path.join(HERE, "weights", "cifar_small.pt")
+        print(f"{out_dir} holds no checkpoint: the pretrained weights are used")
+    model, checkpoint = load_model(path, ema, device, amp_dtype)
+    print(
+        f"{path}, step {checkpoint['step']}, {'averaged' if ema else 'raw'} weights; {device}, {amp_dtype or 'float32'}"
+    )
+    return model, checkpoint
+
+
+def resolve_guidance(w, guidance_scale, default, model):
+    """w from two settings, w or guidance_scale = 1 + w. Without either: the default, or 0 without a null label."""
+    check(w is None or guidance_scale is None, "give w or guidance_scale (= 1 + w), not both")
+    if guidance_scale is not None:
+        return round(guidance_scale - 1, 12)  # 1.3 - 1 is not 0.3 in binary
+    return w if w is not None else default if model.K and model.config.p_uncond > 0 else 0.0
