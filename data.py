@@ -5,8 +5,8 @@ and classes.json (a list of names), in train/ and test/ where there are both spl
 or generated is cached in that form and memory-mapped from then on.
 """
 
-import collections
 import colorsys
+import contextlib
 import difflib
 import glob
 import hashlib
@@ -14,25 +14,21 @@ import json
 import os
 import shutil
 import sys
-from contextlib import suppress
-from importlib.util import find_spec
+import uuid
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ddpm import UserError, atomic_write, make_generator, to_float
+from ddpm import UserError, check, make_generator, to_float
+from runtime import atomic_write
 
 TORCHVISION = {  # class, image size, how to place the files by hand
     "cifar10": ("CIFAR10", 32, "cifar-10-batches-py, from https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
     "fashion_mnist": ("FashionMNIST", 28, "FashionMNIST/raw/*-ubyte (unpacked), from github.com/zalandoresearch"),
     "flowers102": ("Flowers102", 64, "flowers-102/, from https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"),
 }
-IMAGE_TYPES = tuple(
-    ".png .apng .jpg .jpeg .jpe .jfif .bmp .dib .webp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .tga .avif".split()
-)
-SPLITS = ("train", "test", "val", "valid", "validation")  # the last three are not used
-DECODING = 2  # version of what decode_image makes of a file: raised when that changes, so that no cache is out of date
+IMAGE_TYPES = tuple(".png .jpg .jpeg .jfif .bmp .webp .gif .tif .tiff .ppm .pgm .pbm".split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,26 +43,22 @@ def save_json(path, content):
 
 
 def read_json(path, kind=dict):
-    """json.load. Raises UserError for a damaged file, or if its content is not of the given kind."""
+    """A JSON file's content. Raises UserError for a damaged file, or if its content is not of the given kind."""
     try:
         with open(path, encoding="utf-8") as f:
             content = json.load(f)
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is damaged or not JSON ({e})") from None
-    if not isinstance(content, kind):
-        raise UserError(f"{path} holds a {type(content).__name__}, expected a {kind.__name__}")
+    check(isinstance(content, kind), f"{path} holds a {type(content).__name__}, expected a {kind.__name__}")
     return content
 
 
-def load_array(path, mmap=False):
-    """The array of an .npy file, memory-mapped or not. Raises UserError for a damaged file."""
+def load_array(path):
+    """The array of an .npy file, memory-mapped. Raises UserError for a damaged file."""
     try:
-        array = np.load(path, mmap_mode="r")
-        if array.offset + array.nbytes != os.path.getsize(path):
-            raise ValueError("its size does not fit its header")
+        return np.load(path, mmap_mode="r")
     except Exception as e:  # of a damaged header: whatever Python's parser raises
         raise UserError(f"{path} is damaged or not an .npy file ({e})") from None
-    return array if mmap else np.array(array)
 
 
 def file_hash(path):
@@ -86,20 +78,17 @@ def fingerprint(images):
 
 def write_shard(folder, i, images, labels):
     """Writes shard i, uint8. Labels come first, so that no images are without theirs. labels None: no classes."""
-    if labels is not None and np.max(labels, initial=0) > 255:
-        raise UserError(f"{folder}: label {np.max(labels)}, but a shard holds at most 256 classes: use --classes")
     for kind, array in (("labels", labels), ("images", images)):
         if array is not None:
             with atomic_write(f"{folder}/{kind}_{i:05d}.npy") as f:
                 np.save(f, np.asarray(array, dtype=np.uint8))
 
 
-def write_shards(folder, images, labels, class_names, shard_size=10000):
-    """Writes images (N, H, W, C) and labels (N,) or None as a shard folder."""
+def write_shards(folder, images, labels, class_names):
+    """Writes images (N, H, W, C) and labels (N,) or None as a folder of one shard."""
+    check(len(class_names) <= 256, f"{folder}: {len(class_names)} classes, but a shard holds at most 256")
     os.makedirs(folder, exist_ok=True)
-    for i, start in enumerate(range(0, len(images), shard_size)):
-        part = slice(start, start + shard_size)
-        write_shard(folder, i, images[part], None if labels is None else labels[part])
+    write_shard(folder, 0, images, labels)
     save_json(f"{folder}/classes.json", list(class_names))
 
 
@@ -109,25 +98,14 @@ def shard_files(folder, kind="*"):
     return sorted(p for p in paths if os.path.basename(p).startswith(("images_", "labels_")))
 
 
-def check_manifest(folder, allow_missing=False):
+def check_manifest(folder):
     """Raises UserError unless the shards are those that augment.py listed in manifest.json."""
     manifest = read_json(f"{folder}/manifest.json")
-    shards = manifest.get("shards")
-    if not ({"complete", "settings"} <= manifest.keys() and isinstance(shards, dict)):
-        raise UserError(f"{folder}/manifest.json was not written by augment.py")
-    if manifest["complete"] is not True:
-        raise UserError(f"{folder} is not complete: run augment.py again with the same settings to finish it")
-    for name, digest in shards.items():
-        path = f"{folder}/{os.path.basename(name)}"
-        if not os.path.exists(path):
-            if allow_missing:
-                continue
-            raise UserError(f"{path} is listed in manifest.json but missing: run augment.py again to restore it")
-        if file_hash(path) != digest:
-            raise UserError(f"{path} is not the file listed in manifest.json: it was truncated or changed")
-    for path in shard_files(folder):
-        if os.path.basename(path) not in shards:
-            raise UserError(f"{path} is not listed in manifest.json")
+    listed, found = manifest.get("shards", {}), set(map(os.path.basename, shard_files(folder)))
+    check(manifest.get("complete"), f"{folder} is not complete: run augment.py again with the same settings")
+    check(found <= listed.keys(), f"{folder}: {found - listed.keys()} not listed in manifest.json")
+    for name, digest in listed.items():
+        check(file_hash(f"{folder}/{name}") == digest, f"{folder}/{name} is not the file listed in manifest.json")
 
 
 def read_shards(folder):
@@ -137,37 +115,26 @@ def read_shards(folder):
     """
     if os.path.exists(f"{folder}/manifest.json"):
         check_manifest(folder)
-    images, labels = [], []
-    for path in shard_files(folder, "images"):
-        images.append(load_array(path, mmap=True))
-        shape, dtype = images[-1].shape, images[-1].dtype
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or shape[1:] != images[0].shape[1:]:
-            raise UserError(f"{path}: {dtype} {shape}, expected uint8 (N, H, W, 1 or 3), alike in all shards")
-        label_path = os.path.join(folder, os.path.basename(path).replace("images_", "labels_"))
-        if os.path.exists(label_path):
-            labels.append(load_array(label_path))
-            if labels[-1].shape != shape[:1] or labels[-1].dtype.kind not in "ui":
-                raise UserError(
-                    f"{label_path}: {labels[-1].dtype} {labels[-1].shape}, expected a whole number for each of "
-                    f"{shape[0]} images"
-                )
-    if not sum(map(len, images)):
-        raise UserError(f"no images in {folder}/images_*.npy")
-    if labels and len(labels) != len(images):
-        raise UserError(f"{folder}: {len(images)} files of images, but {len(labels)} of labels")
-    images = np.concatenate(images) if len(images) > 1 else np.require(images[0], requirements="C")
+    paths = shard_files(folder, "images")
+    check(paths, f"no images in {folder}/images_*.npy")
+    images = list(map(load_array, paths))
+    for path, part in zip(paths, images):
+        ok = part.dtype == np.uint8 and part.ndim == 4 and part.shape[3] in (1, 3)
+        ok = ok and len(part) > 0 and part.shape[1:] == images[0].shape[1:]
+        check(ok, f"{path}: {part.dtype} {part.shape}, expected uint8 (N, H, W, 1 or 3), alike in all shards")
     names_path = next((p for p in (f"{folder}/classes.json", f"{folder}/../classes.json") if os.path.exists(p)), None)
-    names = read_json(names_path, list) if names_path else None
-    if names is not None and (not all(type(name) is str for name in names) or len(set(names)) < len(names)):
-        raise UserError(f"{names_path}: expected a list of names that differ")
+    names = read_json(names_path, list) if names_path else []
+    counts, images = list(map(len, images)), images[0] if len(images) == 1 else np.concatenate(images)
+    labels = list(map(load_array, shard_files(folder, "labels")))
     if not labels:
-        return images, None, names or []
-    labels = np.concatenate(labels)
-    low, high = int(labels.min()), int(labels.max())
-    names = [str(k) for k in range(high + 1)] if names is None else names
-    if low < 0 or high >= len(names):
-        raise UserError(f"{folder}: labels run from {low} to {high}, but there are {len(names)} classes")
-    return images, labels.astype(np.int64), names
+        return images, None, names
+    ok = [part.shape for part in labels] == [(n,) for n in counts] and all(part.dtype.kind in "ui" for part in labels)
+    check(ok, f"{folder}: labels_*.npy must hold a whole number for each image of images_*.npy")
+    labels = np.concatenate(labels).astype(np.int64)
+    names = names or [str(k) for k in range(min(256, labels.max(initial=0) + 1))]
+    ok = labels.min(initial=0) >= 0 and labels.max(initial=0) < len(names) == len(set(names))
+    check(ok, f"{folder}: labels run from {labels.min()} to {labels.max()}, but there are {len(names)} classes")
+    return images, labels, names
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,95 +180,54 @@ def make_shapes(n, seed, size=32):
     return images, labels, names
 
 
-def decode_image(image, size):
-    """A PIL image as uint8 (size, size, 3), as a viewer shows it on white; its shorter side is resized to `size`, and
-    the centre is cropped.
+def decode_image(path, size):
+    """An image file as uint8 (size, size, 3), as a viewer shows it on white; its shorter side is resized to `size`,
+    and the centre is cropped. Raises UserError for one that cannot be read.
     """
     from PIL import Image, ImageOps
 
-    with suppress(Exception):  # damaged EXIF data
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):  # more than 8 bits for each pixel
-        values = np.asarray(image)
-        low, high = values.min(), values.max()
-        if not (0 <= low and high <= (255 if image.mode == "F" else 65535)):
-            raise ValueError(f"mode {image.mode}, values {low} to {high}: convert it to 8 or 16 bits")
-        if high > 255 or image.mode.startswith("I;16"):
-            values = values // 257
-        image = Image.fromarray(values.astype(np.uint8))
-    if "transparency" in image.info or image.mode[-1] in "Aa":
+    try:
+        image = Image.open(path)
+        with contextlib.suppress(Exception):  # damaged EXIF data
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        elif image.mode in "IF":
+            raise ValueError(f"mode {image.mode}: convert it to 8 or 16 bits")
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.LANCZOS))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    except Exception as e:  # Pillow raises many kinds
+        raise UserError(f"{path} is not a readable image ({type(e).__name__}: {str(e)[:80]})") from None
+    return np.asarray(ImageOps.fit(image, (size, size), Image.LANCZOS))
 
 
-def shuffled(items):
-    """The items in a fixed random order, so that any slice of a set that is sorted by class has every class."""
-    return [items[k] for k in np.random.default_rng(0).permutation(len(items))]
+def image_paths(folder):
+    """The sorted paths of all images in a folder and its sub-folders, but for hidden ones."""
+    found = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = [d for d in folders if not d.startswith(".")]
+        found += [f"{root}/{n}" for n in names if not n.startswith(".") and n.lower().endswith(IMAGE_TYPES)]
+    return sorted(found)
 
 
-def visible(folder):
-    """The entries of a folder, sorted by name, but for hidden ones."""
-    return sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
-
-
-def files_below(folder, ancestors=()):
-    """The sorted paths of all files in a folder and its sub-folders, but for hidden names and links that lead back."""
-    ancestors, found = (*ancestors, os.path.realpath(folder)), []
-    for entry in visible(folder):
-        if not entry.is_dir():
-            found.append(entry.path)
-        elif not any(a == (real := os.path.realpath(entry)) or a.startswith(f"{real}{os.sep}") for a in ancestors):
-            found += files_below(entry.path, ancestors)
-    return found
-
-
-def only_images(paths):
-    return [p for p in paths if p.lower().endswith(IMAGE_TYPES)]
-
-
-def list_images(folder):
-    """The images of a folder, its sub-folders being the classes: ([(path, label or None)], names, what is not used).
-
-    Sub-folders of a class belong to it. Without classes, all images are listed. Raises UserError if the classes seem
-    to lie one level deeper.
-    """
-    files = files_below(folder)
-    images = only_images(files)
-    others = collections.Counter(f"*{os.path.splitext(p)[1].lower()}" for p in set(files) - set(images))
-    unused = [f"{n} {kind}" for kind, n in sorted(others.items())]
-    parts = {p: os.path.relpath(p, folder).split(os.sep) for p in images}
-    listed = [p for p in images if len(parts[p]) > 1]
-    names = sorted({parts[p][0] for p in listed})
-    if len(names) == 1 and len({parts[p][1] for p in listed if len(parts[p]) > 2}) > 1:
-        raise UserError(f"{folder} has one sub-folder with images, {names[0]}/, which has several: give {names[0]}")
-    if not names:
-        return [(p, None) for p in images], names, unused
-    if len(images) > len(listed):
-        unused.append(f"{len(images) - len(listed)} images beside the classes")
-    unused += [f"{e.name}/ without images" for e in visible(folder) if e.is_dir() and e.name not in names]
-    return [(p, names.index(parts[p][0])) for p in listed], names, unused
+def fixed_order(n):
+    """A random order of 0..n-1, always the same: any slice of a set that is sorted by class then has every class."""
+    return np.random.default_rng(0).permutation(n)
 
 
 def decode_folder(folder, size):
-    """Decodes the images of a folder: (images, labels or None, names). See list_images."""
-    from PIL import Image
-
-    listed, names, unused = list_images(folder)
-    if not listed:
-        raise UserError(f"no images ({' '.join(IMAGE_TYPES)}) in {folder} or its sub-folders, and no images_*.npy")
-    if unused:
-        print(f"{folder}: not used: {', '.join(unused)}", file=sys.stderr)
-    listed = shuffled(listed)
-    images = np.empty((len(listed), size, size, 3), dtype=np.uint8)
-    for i, (path, _) in enumerate(listed):
-        try:
-            if not os.path.isfile(path):
-                raise FileNotFoundError("no such file")
-            with Image.open(path) as image:
-                images[i] = decode_image(image, size)
-        except Exception as e:  # Pillow raises many kinds
-            raise UserError(f"{path} is not a readable image ({type(e).__name__}: {str(e)[:80]})") from None
+    """Decodes the images of a folder, its sub-folders being the classes: (images, labels or None, names)."""
+    folders = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    here = os.path.realpath(folder)
+    above = [name for name in folders if here.startswith(os.path.join(os.path.realpath(f"{folder}/{name}"), ""))]
+    check(not above, f"{folder}: {', '.join(above)} leads back to a folder above")
+    names = [name for name in folders if image_paths(f"{folder}/{name}")]
+    listed = [(path, k) for k, name in enumerate(names) for path in image_paths(f"{folder}/{name}")]
+    beside = [(path, None) for path in image_paths(folder) if os.path.dirname(path) == folder]
+    check(listed or beside, f"no images ({' '.join(IMAGE_TYPES)}) in {folder} or its sub-folders, and no images_*.npy")
+    if names and (beside or len(folders) > len(names)):
+        print(f"{folder}: the classes are {', '.join(names)}; other images and folders are not used", file=sys.stderr)
+    images = np.stack([decode_image(path, size) for path, _ in listed or beside])
     return images, np.array([k for _, k in listed]) if names else None, names
 
 
@@ -309,8 +235,6 @@ def download(dataset, data_dir, split, size):
     """One split of a torchvision data set, downloaded unless its files are there: (images, labels, names)."""
     import torchvision
 
-    if dataset == "flowers102" and not find_spec("scipy"):
-        raise UserError("flowers102 needs `pip install '.[flowers]'`")
     kind, _, by_hand = TORCHVISION[dataset]
     which = {"split": split} if dataset == "flowers102" else {"train": split == "train"}
     try:
@@ -321,8 +245,8 @@ def download(dataset, data_dir, split, size):
             f"By hand: put {by_hand} in {data_dir}. Without a download: `python train.py config/shapes.py`"
         ) from None
     if dataset == "flowers102":  # jpg files, sorted by class
-        order = shuffled(range(len(source)))
-        images = np.stack([decode_image(source[k][0], size) for k in order])
+        order = fixed_order(len(source))
+        images = np.stack([decode_image(source._image_files[k], size) for k in order])
         labels = np.asarray(source._labels)[order]
     else:
         images, labels = np.asarray(source.data), np.asarray(source.targets)
@@ -330,17 +254,19 @@ def download(dataset, data_dir, split, size):
     return images, labels, getattr(source, "classes", None) or [str(k) for k in range(int(labels.max()) + 1)]
 
 
-def cache(folder, images, labels, names):
-    """Writes one shard to a temporary folder, then renames it. If another process was faster, its copy is used."""
-    partial = f"{folder}.{os.getpid()}"
-    try:
-        write_shards(partial, images, labels, names, shard_size=max(1, len(images)))
-        os.replace(partial, folder)
-    except OSError as e:
-        if not shard_files(folder, "images"):
-            raise UserError(f"cannot write {folder}: {e}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def cached(folder, make):
+    """The folder, filled by make() with one shard if it is not there. If another process was faster, its copy stays."""
+    if not shard_files(folder, "images"):
+        partial = f"{folder}.{uuid.uuid4().hex}"
+        try:
+            write_shards(partial, *make())
+            os.replace(partial, folder)
+        except OSError:
+            if not shard_files(folder, "images"):
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,87 +281,60 @@ def load(dataset, split="train", data_dir="data", image_size=0, classes=""):
     A data set without a test split gives (None, None, []) for it.
     Raises UserError if the data cannot be found, downloaded or read, or a class is unknown.
     """
-    if dataset in TORCHVISION or dataset == "shapes":
-        folder = builtin_folder(dataset, split, data_dir, image_size)
-    elif os.path.isdir(dataset):
-        folder = user_folder(dataset, split, data_dir, image_size)
+    users = dataset not in TORCHVISION and dataset != "shapes"
+    if dataset == "shapes":
+        n, seed = (50000, 0) if split == "train" else (10000, 1)
+        folder = cached(f"{data_dir}/shapes/{split}", lambda: make_shapes(n, seed))
+    elif dataset in TORCHVISION:
+        size = image_size if dataset == "flowers102" and image_size else TORCHVISION[dataset][1]
+        root = f"{data_dir}/{dataset}" if size == TORCHVISION[dataset][1] else f"{data_dir}/{dataset}-{size}"
+        folder = cached(f"{root}/{split}", lambda: download(dataset, data_dir, split, size))
     else:
         near = difflib.get_close_matches(dataset, [*TORCHVISION, "shapes"], n=1)
         also = f"did you mean {near[0]!r}?" if near else f"use {', '.join(TORCHVISION)}, shapes or a folder"
-        raise UserError(f"dataset {dataset!r} is neither a data set nor a folder: {also}")
-    if folder is None:
-        return None, None, []
+        check(os.path.isdir(dataset), f"dataset {dataset!r} is neither a data set nor a folder: {also}")
+        folder = user_folder(dataset, split, data_dir, image_size or 64)
+        if folder is None:
+            return None, None, []
     images, labels, names = read_shards(folder)
-    if images.shape[1] != images.shape[2] or image_size not in (0, images.shape[1]):
-        raise UserError(
-            f"{folder}: images are {images.shape[1]}x{images.shape[2]}, expected squares of {image_size or 'any size'}"
-        )
+    if users and not os.path.exists(f"{folder}/manifest.json"):  # augment.py's images are in turn by class already
+        order = fixed_order(len(images))
+        images, labels = images[order], None if labels is None else labels[order]
+    H, W = images.shape[1:3]
+    right = H == W and image_size in (0, H)
+    check(right, f"{folder}: images are {H}x{W}, expected squares of {image_size or 'any size'}")
     return select(images, labels, names, classes)
 
 
-def builtin_folder(dataset, split, data_dir, image_size):
-    """The shard folder of a data set that has a name, made if it is not there."""
-    own_size = 32 if dataset == "shapes" else TORCHVISION[dataset][1]
-    size = image_size or own_size
-    if size != own_size and dataset != "flowers102":
-        raise UserError(f"{dataset} is {own_size}x{own_size}, but image_size, or the model of init_from, is {size}")
-    root = os.path.join(data_dir, dataset if size == own_size else f"{dataset}-{size}")
-    for name, n, seed in (("train", 50000, 0), ("test", 10000, 1)):
-        if shard_files(f"{root}/{name}", "images"):
-            continue
-        content = make_shapes(n, seed) if dataset == "shapes" else download(dataset, data_dir, name, size)
-        cache(f"{root}/{name}", *content)
-    return f"{root}/{split}"
-
-
-def user_folder(dataset, split, data_dir, image_size):
+def user_folder(dataset, split, data_dir, size):
     """The shard folder of a user's folder of shards or images, or None if it has no such split."""
-    entries = visible(dataset)
-    folders = {e.name.lower(): e.name for e in entries if e.is_dir()}
-    # `train` is a class if folders with other names have images too
-    others = folders.keys() - set(SPLITS) if "train" in folders else ()
-    classes = [k for k in sorted(others) if only_images(files_below(f"{dataset}/{folders[k]}"))]
-    has_splits = "train" in folders and not classes
-    if "test" in folders and classes:
-        print(f"{dataset}: train and test are taken for classes, like {folders[classes[0]]}", file=sys.stderr)
-    if split not in folders if has_splits else split == "test":
+    splits = {e.name.lower(): e.path for e in os.scandir(dataset) if e.is_dir()}
+    check("train" in splits or "test" not in splits, f"{dataset} has test/, so the other images belong in train/")
+    if "train" not in splits and split == "test" or split not in splits and "train" in splits:
         return None
-    source = f"{dataset}/{folders[split]}" if has_splits else dataset
-    if shard_files(source, "images") or os.path.exists(f"{source}/manifest.json"):
+    source = splits[split] if "train" in splits else dataset
+    if shard_files(source, "images"):
         return source
-    size, listing = image_size or 64, []
-    for path in files_below(source):
-        stat = os.stat(path, follow_symlinks=os.path.exists(path))
-        listing.append((path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-    key = hashlib.sha256(repr((DECODING, os.path.abspath(source), size, listing)).encode()).hexdigest()[:12]
-    folder = f"{data_dir}/{os.path.basename(os.path.abspath(source))}-{size}-{key}"
-    if not shard_files(folder, "images"):
-        beside = [e.name for e in entries if e.name.lower() not in ("train", "test", "classes.json")]
-        if has_splits and beside:
-            print(f"{dataset}: not used: {', '.join(beside[:9])}{', …' if beside[9:] else ''}", file=sys.stderr)
-        cache(folder, *decode_folder(source, size))
-    return folder
+    listing = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in image_paths(source)]
+    key = hashlib.sha256(repr((os.path.abspath(source), size, listing)).encode()).hexdigest()[:12]
+    name = f"{os.path.basename(os.path.abspath(source))}-{size}-{key}"
+    return cached(f"{data_dir}/{name}", lambda: decode_folder(source, size))
 
 
 def load_splits(dataset, data_dir="data", image_size=0, classes=""):
     """Both splits: ((images, labels), (test images, test labels), names). See load. The test pair may be (None, None).
 
-    Raises UserError if their classes differ.
+    Raises UserError if their images or classes differ.
     """
     *train, names = load(dataset, "train", data_dir, image_size, classes)
     *test, test_names = load(dataset, "test", data_dir, image_size, classes)
-    if train[0] is None:
-        raise UserError(f"{dataset} has no training split")
-    if test[0] is not None and (names != test_names or (train[1] is None) != (test[1] is None)):
-        raise UserError(f"{dataset}: the splits have different classes, {names} and {test_names}: use --classes")
-    if train[1] is not None and (missing := missing_classes(train[1], names)):
-        print(f"warning: no training images of {', '.join(missing)}", file=sys.stderr)
+    check(train[0] is not None, f"{dataset} has no training split")
+    if test[0] is not None:
+        ok = names == test_names and (train[1] is None) == (test[1] is None)
+        check(ok, f"{dataset}: train and test have different classes, {names} and {test_names}: use --classes")
+        shapes = train[0].shape[1:], test[0].shape[1:]
+        check(shapes[0] == shapes[1], f"{dataset}: train and test have images of different shapes, {shapes}")
     return train, test, names
-
-
-def missing_classes(labels, names):
-    """The names of the classes that no label is of."""
-    return [names[k] for k in sorted(set(range(len(names))) - set(labels.tolist()))]
 
 
 def load_samples(folder, like, names, data_dir="data"):
@@ -443,33 +342,28 @@ def load_samples(folder, like, names, data_dir="data"):
 
     Labels are renumbered to fit names. Raises UserError if the size differs or a class has no images.
     """
-    if not os.path.isdir(folder):
-        raise UserError(f"no images in {folder}: make them with `python augment.py`, or name another folder")
+    check(os.path.isdir(folder), f"no images in {folder}: make them with `python augment.py`, or name another folder")
     images, labels, own_names = load(os.path.abspath(folder), "train", data_dir, like.shape[1])
     if labels is not None and names:
         images, labels, _ = select(images, labels, own_names, names)
-        if missing := missing_classes(labels, names):
-            raise UserError(f"{folder}: no images of {', '.join(missing)}: use --classes")
+        missing = [name for k, name in enumerate(names) if not (labels == k).any()]
+        check(not missing, f"{folder}: no images of {', '.join(missing)}: use --classes")
     return images, labels
 
 
 def class_ids(classes, names, unique=False):
     """'cat,frog' or '3,6' or a list of names -> a list of labels. Raises UserError for an unknown class.
 
-    unique: also for a repeated one, or none.
+    unique: also for a repeated one.
     """
-    ids = []
-    for name in filter(None, map(str.strip, classes.split(","))) if isinstance(classes, str) else classes:
-        if name in names:
-            ids.append(list(names).index(name))
-        elif name.isdigit() and int(name) < len(names):
-            ids.append(int(name))
-        else:
-            near = difflib.get_close_matches(name, names, n=1)
-            also = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names) or 'no classes'}"
-            raise UserError(f"classes: unknown class {name!r}: {also}")
-    if unique and (not ids or len(set(ids)) < len(ids)):
-        raise UserError(f"classes={classes} names a class twice, or none")
+    ids, names = [], list(names)
+    for name in [c.strip() for c in classes.split(",")] if isinstance(classes, str) else classes:
+        number = int(name) if name.isdecimal() and name not in names else -1
+        near = difflib.get_close_matches(name, names, n=1)
+        also = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names) or 'no classes'}"
+        check(name in names or 0 <= number < len(names), f"classes: unknown class {name!r}: {also}")
+        ids.append(names.index(name) if name in names else number)
+    check(not unique or len(set(ids)) == len(ids), f"classes={classes} names a class twice")
     return ids
 
 
@@ -478,8 +372,7 @@ def select(images, labels, names, classes):
     if not classes:
         return images, labels, names
     ids = class_ids(classes, names, unique=True)
-    if labels is None:
-        raise UserError(f"classes={classes}: these images have no labels")
+    check(labels is not None, f"classes={classes}: these images have no labels")
     new = np.full(len(names), -1, dtype=np.int64)
     new[ids] = np.arange(len(ids))
     kept = np.flatnonzero(new[labels] >= 0)
@@ -492,37 +385,25 @@ def training_count(n, val_fraction):
     Raises UserError if val_fraction leaves none for validation.
     """
     n_val = int(n * val_fraction)
-    if n_val == 0 and val_fraction > 0:
-        raise UserError(f"val_fraction={val_fraction} of {n} images leaves none for validation")
+    check(n_val or not val_fraction, f"val_fraction={val_fraction} of {n} images leaves none for validation")
     return n - n_val
 
 
-def balanced(labels, n, seed):
-    """Indices of n random images, the same number of each class as far as possible; 0: all. labels (N,).
+def balanced(images, labels, n, seed):
+    """Indices of n random images, the same number of each class as far as possible; 0: all. labels (N,) or None.
 
     Raises UserError if there are fewer than n.
     """
-    if n > len(labels):
-        raise UserError(f"{n} images requested, only {len(labels)} available")
+    check(n <= len(images), f"{n} images requested, only {len(images)} available")
     if n == 0:
-        return np.arange(len(labels))
+        return np.arange(len(images))
+    labels = np.zeros(len(images)) if labels is None else labels
     order = np.random.default_rng(seed).permutation(len(labels))
     rank = np.empty(len(labels), dtype=np.int64)  # how many of its class come before, in this order
     for k in np.unique(labels):
         mine = order[labels[order] == k]
         rank[mine] = np.arange(len(mine))
     return order[np.argsort(rank[order], kind="stable")][:n]
-
-
-def seen_indices(trained_on, images, labels):
-    """Indices of the n_real images that train.py took, by their hash in trained_on; empty if it took others.
-
-    images, labels: the training split without the validation images; labels may be None.
-    """
-    if trained_on["n_real"] > len(images):
-        return np.arange(0)
-    index = balanced(np.zeros(len(images)) if labels is None else labels, trained_on["n_real"], 0)
-    return index if fingerprint(images[index]) == trained_on["training"] else np.arange(0)
 
 
 class Batches:
@@ -534,6 +415,7 @@ class Batches:
     """
 
     def __init__(self, images, labels, batch_size, seed, hflip=True, crop=1.0, shift=0, device="cpu"):
+        check(0 < crop <= 1, f"crop: {crop} must be above 0 and at most 1")
         self.images = torch.tensor(np.asarray(images)).to(device)
         self.labels = None if labels is None else torch.from_numpy(labels).to(device)
         self.batch_size, self.seed, self.hflip, self.crop = batch_size, seed, hflip, crop
