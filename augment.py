@@ -8,45 +8,18 @@ Resumable: run the same command again, even after kill -9; a larger per_class ad
 checkpoint in out/ it takes the small pretrained weights in weights/.
 """
 
-import datetime
 import hashlib
-import json
 import math
 import os
-import shutil
 import time
-from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
 
-from configurator import (
-    configure,
-    describe_sampling,
-    dtype_name,
-    duration,
-    join_process_group,
-    leave_process_group,
-    lock_folder,
-    open_model,
-    process_rank,
-    progress,
-    resolve_compile,
-    resolve_guidance,
-    setup_device,
-)
-from data import (
-    check_manifest,
-    class_ids,
-    file_hash,
-    load_array,
-    read_json,
-    save_json,
-    shard_files,
-    tile,
-    write_shard,
-)
-from ddpm import UserError
+import data
+import runtime
+from configurator import configure
+from ddpm import check
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = "out"  # the checkpoint is here
@@ -60,143 +33,103 @@ interval = (0.25, 4.0)  # guide only while sigma = sqrt(1 / alpha_bar - 1) is be
 sampler = "dpm++"  # ddpm, ddim
 steps = 10  # of the model's T
 eta = 0.0  # ddim's noise: 1 makes it ddpm
-variance = "posterior"  # of ddpm: posterior or beta
-clip_x0 = True  # keep x0_hat in [-1, 1] at every step
 ema = True  # the averaged weights; False: the raw ones
 batch_size = 100  # images sampled at once
 shard_size = 1000  # images per file, about: each class has the same number
 overwrite = False  # True: delete the shards in synthetic_dir first
 device = "auto"  # cuda, mps, cpu
 dtype = "auto"  # float32, bfloat16, float16
-use_compile = "auto"  # True, False; auto: on a GPU, for 1,000,000 images x steps or more per process
+use_compile = "auto"  # torch.compile the network: True, False
 # ---------------------------------------------------------------------------------------------------------------------
-config, given = configure(globals(), w=float, guidance_scale=float)
+config, given = configure(globals())
 
 # Model and settings. The images are a function of these settings alone.
-rank, world = process_rank()
-auto = use_compile == "auto"
-device, amp_dtype, use_compile = setup_device(device, dtype, "False" if auto else use_compile)
-model, info = open_model(out_dir, ema, device, amp_dtype)
+device, amp_dtype, use_compile = runtime.setup_device(device, dtype, use_compile)
+rank, world = runtime.join_processes("cpu")  # no GPU has to meet another
+model, checkpoint = runtime.open_model(out_dir, ema, device, amp_dtype)
 names = list(model.config.class_names) or [str(k) for k in range(model.K)]
-labels = class_ids(classes, names, unique=True) if classes else list(range(max(1, model.K)))
+labels = data.class_ids(classes, names, unique=True) if classes else list(range(max(1, model.K)))
 C = len(labels)
-w = resolve_guidance(w, guidance_scale, 1.0, model)
+w = runtime.resolve_guidance(w, guidance_scale, 1.0, model)
 sampling = dict(w=w, interval=list(interval) if w > 0 else [], seed=seed, sampler=sampler, steps=steps, eta=eta)
-sampling |= dict(clip_x0=clip_x0, variance=variance)
-model.check_sampling(torch.tensor(labels) if model.K else None, **sampling)
-digest = hashlib.sha256(json.dumps(asdict(model.config)).encode())
-for name, p in model.state_dict().items():
-    digest.update(name.encode() + p.cpu().numpy().tobytes())
-settings = sampling | dict(weights=digest.hexdigest(), step=info["step"], ema=ema, per_class=per_class)
-settings |= dict(classes=[names[k] for k in labels if names], dtype=dtype_name(amp_dtype))
-
-# Shard i holds `each` images of every class (the last one fewer), the classes in turn.
-folder = synthetic_dir or os.path.join(out_dir, "synthetic")
-each = max(1, shard_size // C)
-n_shards = math.ceil(per_class / each)
-settings["shard_size"] = each * C
+model.check_sampling(torch.tensor(labels) if model.K else None, **{k: v for k, v in sampling.items() if k != "seed"})
+weights = hashlib.sha256(repr(model.config).encode())
+for p in model.state_dict().values():
+    weights.update(p.cpu().numpy().tobytes())
+each = max(1, shard_size // C)  # images of every class in a shard, the classes in turn; the last shard has fewer
+settings = sampling | dict(weights=weights.hexdigest(), per_class=per_class, shard_size=each * C, dtype=str(amp_dtype))
+settings["classes"] = [names[k] for k in labels if names]
+folder, n_shards = synthetic_dir or os.path.join(out_dir, "synthetic"), math.ceil(per_class / each)
+manifest = f"{folder}/manifest.json"
 
 
 def images_in(i):
     return min(each, per_class - i * each) * C
 
 
-def names_of(i):
-    return [f"{kind}_{i:05d}.npy" for kind in ("labels", "images") if names or kind == "images"]
-
-
 def is_done(i):
-    """Whether the files of shard i are there and of the right length. Raises UserError for a damaged one."""
-    paths = [f"{folder}/{name}" for name in names_of(i)]
-    return all(os.path.exists(p) and len(load_array(p, mmap=True)) == images_in(i) for p in paths)
+    """Whether the images of shard i, which are written last, are there and of the right number."""
+    path = f"{folder}/images_{i:05d}.npy"
+    return os.path.exists(path) and len(data.load_array(path)) == images_in(i)
 
 
 def open_folder():
     """Prepares the folder; returns the shards to make. Raises UserError if it holds a set of other settings."""
-    lock_folder(folder)
-    manifest, advice = f"{folder}/manifest.json", "use --overwrite=True to delete it, or another --synthetic_dir"
+    runtime.lock_folder(folder)
+    shards, old = data.shard_files(folder), {}
     if overwrite:
-        save_json(manifest, {"complete": False, "settings": {}, "shards": {}})  # incomplete before anything is deleted
-        for old in shard_files(folder):
-            os.remove(old)
-    need = per_class * C * (math.prod(model.shape) + 1) - sum(map(os.path.getsize, shard_files(folder)))
-    if need > (free := shutil.disk_usage(folder).free):
-        raise UserError(f"{folder}: the shards need {need / 1e6:.0f} MB, but the disk has {free / 1e6:.0f} MB free")
-    if shard_files(folder):
-        if not os.path.exists(manifest):
-            raise UserError(f"{folder} holds shards that were not written by augment.py: {advice}")
-        old = read_json(manifest)
-        for key in settings | old.get("settings", {}):
-            before, now = old.get("settings", {}).get(key), settings.get(key)
-            if before != now and not (key == "per_class" and before is not None and before < now):
-                raise UserError(f"{folder} was made with {key}={before}, not {now}: {advice}")
-        expected = {name for i in range(n_shards) for name in names_of(i)}
-        if unknown := [p for p in shard_files(folder) if os.path.basename(p) not in expected]:
-            raise UserError(f"{unknown[0]} is not part of this set: {advice}")
-        if old.get("complete"):
-            check_manifest(folder, allow_missing=True)
-    todo = [i for i in range(n_shards) if not is_done(i)]
-    save_json(manifest, {"complete": False, "settings": settings, "shards": {}})
-    save_json(f"{folder}/classes.json", names)
-    return todo
-
-
-def make_shard(i, on_batch):
-    """Shard i: images (n, H, W, C) uint8 and labels (n,)."""
-    first, n = i * each * C, images_in(i)
-    y, images = torch.tensor(labels).repeat(n // C), []
-    for batch in model.sample_batches(y if model.K else None, range(first, first + n), batch_size, **sampling):
-        images.append(batch)
-        on_batch(sum(map(len, images)))
-    return torch.cat(images).numpy(), y.numpy() if names else None
+        data.save_json(manifest, {"complete": False})  # incomplete before anything is deleted
+        for path in shards:
+            os.remove(path)
+    elif shards:
+        old = data.read_json(manifest)["settings"] if os.path.exists(manifest) else {}
+        differing = [key for key in settings if old.get(key) != settings[key] and key != "per_class"]
+        smaller = old.get("per_class", 0) > per_class
+        advice = "use --overwrite=True to delete it, or another --synthetic_dir"
+        check(
+            not differing and not smaller, f"{folder} was made with another {(differing or ['per_class'])[0]}: {advice}"
+        )
+    data.save_json(manifest, {"complete": False, "settings": settings})
+    data.save_json(f"{folder}/classes.json", names)
+    return [i for i in range(n_shards) if not is_done(i)]
 
 
 # Sample. Rank 0 opens the folder; each process makes every world-th shard that is missing.
-if world > 1:
-    join_process_group("gloo", timeout=datetime.timedelta(days=20))  # they wait for each other only at the end
 todo = [open_folder() if rank == 0 else None]
 if world > 1:
     dist.broadcast_object_list(todo)
-todo = todo[0]
-mine = todo[rank::world]
-total = sum(map(images_in, mine))
-if auto and total * steps >= 1_000_000:  # compiling takes about a minute
-    use_compile = resolve_compile("auto", device)
+mine = todo[0][rank::world]
+total, made, start = sum(map(images_in, mine)), 0, time.time()
 if use_compile:
-    model.compile_network()
+    model.net.compile(dynamic=False)
 if rank == 0:
     print(
-        f"{info['description']} x {world}; {describe_sampling(**sampling)}; "
-        f"{per_class} images of each of {C} classes into {folder}: {len(todo)} of {n_shards} shards to make",
+        f"w={w:g} (guidance_scale={1 + w:g}), interval {sampling['interval']}, {sampler}, {steps} steps, seed {seed}; "
+        f"{per_class} images of each of {C} classes into {folder}: {len(todo[0])} of {n_shards} shards to make",
         flush=True,
     )
-made, start = 0, time.time()
 for i in mine:
-    write_shard(folder, i, *make_shard(i, lambda n: rank == 0 and progress(f"shard {i}", (made + n) / total, start)))
-    made += images_in(i)
-    if rank == 0:
-        speed = made / (time.time() - start)
-        print(
-            f"shard {i:5d}  {made}/{total} images  {speed:8.1f} images/s  {duration((total - made) / speed)} left",
-            flush=True,
-        )
-if world > 1:
-    dist.barrier()
+    first, y, images = i * each * C, torch.tensor(labels).repeat(images_in(i) // C), []
+    for batch in model.sample_batches(y if model.K else None, range(first, first + len(y)), batch_size, **sampling):
+        images.append(batch)
+        runtime.progress(f"shard {i}", (made + sum(map(len, images))) / total, start)
+    data.write_shard(folder, i, torch.cat(images).numpy(), y.numpy() if names else None)
+    made += len(y)
+    speed = made / (time.time() - start)
+    left = runtime.duration((total - made) / speed)
+    print(f"shard {i:5d}  {made}/{total} images  {speed:8.1f} images/s  {left} left", flush=True)
 
 # Finish: hashes of all files, and a preview with a row per class.
+if world > 1:
+    dist.barrier()
 if rank == 0:
-    if missing := [i for i in range(n_shards) if not is_done(i)]:
-        raise UserError(f"{folder}: shards {missing} are missing at the end: did another process write here?")
-    hashes = {name: file_hash(f"{folder}/{name}") for i in range(n_shards) for name in names_of(i)}
-    hashes["classes.json"] = file_hash(f"{folder}/classes.json")
-    manifest = dict(complete=True, settings=settings, images=per_class * C, shards=hashes)
-    manifest |= dict(counts={names[k] if names else "all": per_class for k in labels}, trained_on=info["trained_on"])
-    manifest |= dict(checkpoint=info["path"], device=device, torch=torch.__version__, seconds=time.time() - start)
-    save_json(f"{folder}/manifest.json", manifest)
+    hashes = {os.path.basename(path): data.file_hash(path) for path in data.shard_files(folder)}
+    content = dict(complete=True, settings=settings, shards=hashes, trained_on=checkpoint.get("trained_on", {}))
+    data.save_json(manifest, content | dict(step=checkpoint["step"], device=device, torch=torch.__version__))
     columns = min(8, images_in(0) // C)
-    first = load_array(f"{folder}/images_00000.npy")[: columns * C]
-    preview = first.reshape(columns, C, *first.shape[1:]).swapaxes(0, 1).reshape(first.shape)
-    tile(preview, columns, [names[k] for k in labels if names]).save(f"{folder}/preview.png")
+    preview = data.load_array(f"{folder}/images_00000.npy")[: columns * C]
+    preview = preview.reshape(columns, C, *model.shape[1:], -1).swapaxes(0, 1).reshape(preview.shape)
+    data.tile(preview, columns, [names[k] for k in labels if names]).save(f"{folder}/preview.png")
     print(f"{per_class * C} images in {folder}; see {folder}/preview.png")
 if world > 1:
-    leave_process_group()
+    runtime.leave_processes()

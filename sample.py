@@ -7,15 +7,17 @@ python sample.py --rows=steps=5,10,25 --columns=sampler=ddim,dpm++      every co
 python sample.py --sampler=ddpm --gif=True                    the full ancestral chain, and a GIF of the denoising
 """
 
+import functools
 import math
 import os
 import time
 
 import torch
 
-from configurator import configure, describe_sampling, open_model, parse, progress, resolve_guidance, setup_device
+import runtime
+from configurator import configure, convert
 from data import class_ids, tile
-from ddpm import UserError, check_choice, image_noise, make_generator, to_uint8
+from ddpm import UserError, check, check_choice, image_noise, make_generator, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = "out"  # the checkpoint is here, and the images go here
@@ -28,77 +30,62 @@ num_samples = 0  # images per row and class; default 8, or 1 with rows= or colum
 sampler = "dpm++"  # ddpm, ddim
 steps = 0  # default 25 for dpm++, 50 for ddim, all of the model's for ddpm
 eta = 0.0  # ddim's noise: 1 makes it ddpm
-variance = "posterior"  # of ddpm: posterior or beta
-clip_x0 = True  # keep x0_hat in [-1, 1] at every step
 ema = True  # the averaged weights; False: the raw ones
 batch_size = 80
 gif = False  # write denoising.gif
 rows = ""  # key=value,value,…: a row per value
 columns = ""  # key=value,value,…: a column per value
 device = "auto"  # cuda, mps, cpu
-dtype = "auto"  # float32, bfloat16, float16
-use_compile = "False"  # True is worth it on a GPU for many images
+dtype = "float32"  # bfloat16, float16, or auto: the fastest here
 # ---------------------------------------------------------------------------------------------------------------------
-ranges = dict(num_samples="[0, inf)", steps="[0, inf)")  # 0: the defaults
-config, given = configure(globals(), ranges, w=float, guidance_scale=float)
-COMPARED = ("w", "guidance_scale", "sampler", "steps", "eta", "variance", "clip_x0", "ema", "seed")
-device, amp_dtype, use_compile = setup_device(device, dtype, use_compile)
-models = {}
-if gif and (rows or columns):
-    raise UserError("gif cannot be combined with rows or columns")
+config, given = configure(globals())
+COMPARED = {"w": float, "guidance_scale": float, "sampler": str, "steps": int, "eta": float, "ema": bool, "seed": int}
+device, amp_dtype, _ = runtime.setup_device(device, dtype, "False")
+check(not (gif and (rows or columns)), "gif cannot be combined with rows or columns")
+os.makedirs(out_dir, exist_ok=True)
 
 
+@functools.cache
 def get_model(ema):
-    """(model, info) with averaged or raw weights, loaded once."""
-    if ema not in models:
-        models[ema] = open_model(out_dir, ema, device, amp_dtype)
-        if use_compile:
-            models[ema][0].compile_network()
-    return models[ema]
+    """The model with averaged or raw weights, loaded once."""
+    return runtime.open_model(out_dir, ema, device, amp_dtype)[0]
 
 
-def values_of(name, text):
+def values_of(text):
     """'w=0,1' -> [("w=0", {"w": 0.0}), ("w=1", {"w": 1.0})]; '' -> [("", {})]."""
     if not text:
         return [("", {})]
     key, _, values = text.partition("=")
-    check_choice(f"{name}=KEY=VALUE,VALUE", key, COMPARED)
-    guidance = key in ("w", "guidance_scale")
-    kind, settings = float if guidance else type(config[key]), []
-    for value in values.split(","):
-        try:
-            others = {"w": None, "guidance_scale": None} if guidance else {}
-            settings.append((f"{key}={value}", others | {key: parse(value, kind)}))
-        except TypeError:
-            raise UserError(f"{name}: {value!r} is not of type {kind.__name__}, which {key} is") from None
-    return settings
+    check_choice("rows or columns", key, COMPARED)
+    try:
+        return [(f"{key}={value}", {key: convert(value, COMPARED[key])}) for value in values.split(",")]
+    except Exception:
+        raise UserError(f"{text}: {key} takes values of type {COMPARED[key].__name__}") from None
 
 
-def resolve(changes):
-    """All settings of one image: config with some changed, w and the number of steps resolved and checked."""
-    s = {key: config[key] for key in COMPARED} | changes
-    model, _ = get_model(s["ema"])
-    s["w"] = resolve_guidance(s["w"], s.pop("guidance_scale"), 1.8, model)
-    defaults = {"dpm++": min(25, model.T), "ddim": min(50, model.T), "ddpm": model.T}
-    s |= dict(steps=s["steps"] or defaults.get(s["sampler"]), interval=interval)
-    model.check_sampling(torch.tensor(labels) if model.K else None, **s)
-    return s
+def sample(changes, title, frames=None):
+    """Images (n, H, W, C) uint8 for `labels`, image k with noise k of the seed, under config with some changes.
 
-
-def sample(settings, title, frames=None):
-    """Images (n, H, W, C) uint8 for `labels`, image k with noise k of the seed. frames: {step: its batches}."""
-    settings, start, done = dict(settings), time.time(), []
-    model, _ = get_model(settings.pop("ema"))
-    total = math.ceil(len(labels) / batch_size) * settings["steps"]
+    frames: {step: its batches}, filled in.
+    """
+    s, start, done = {key: config[key] for key in COMPARED} | changes, time.time(), []
+    model = get_model(s.pop("ema"))
+    s["w"] = runtime.resolve_guidance(s["w"], s.pop("guidance_scale"), 1.8, model)
+    s["steps"] = s["steps"] or min({"dpm++": 25, "ddim": 50}.get(s["sampler"], model.T), model.T)
+    total = math.ceil(len(labels) / batch_size) * s["steps"]
 
     def on_step(i, xt, x0_hat):
         done.append(i)
-        progress(title, len(done) / total, start)
+        runtime.progress(title, len(done) / total, start)
         if frames is not None:
             frames.setdefault(i, []).append(to_uint8(xt).cpu())
 
     y = torch.tensor(labels) if model.K else None
-    return torch.cat(list(model.sample_batches(y, range(len(labels)), batch_size, on_step=on_step, **settings)))
+    print(
+        f"{title}: w={s['w']:g} (guidance_scale={1 + s['w']:g}), {s['sampler']}, {s['steps']} steps, seed {s['seed']}"
+    )
+    batches = model.sample_batches(y, range(len(labels)), batch_size, interval=interval, on_step=on_step, **s)
+    return torch.cat(list(batches))
 
 
 def save(image, name, **how):
@@ -106,33 +93,24 @@ def save(image, name, **how):
     print(f"wrote {os.path.join(out_dir, name)}")
 
 
-model, info = get_model(ema)
-names = list(model.config.class_names) if model.K else []
-shown = class_ids(classes, names) if classes else list(range(model.K)) or [0]
-per_class = num_samples or (8 if not (rows or columns) or not model.K else 1)
+model = get_model(ema)
+names = (list(model.config.class_names) or [str(k) for k in range(model.K)]) if model.K else []
+shown = class_ids(classes, names) if classes else list(range(model.K or 1))
+per_class = num_samples or (1 if rows or columns else 8)
 labels = [k for k in shown for _ in range(per_class)]
-row_values, column_values = values_of("rows", rows), values_of("columns", columns)
-if set(row_values[0][1]) & set(column_values[0][1]):
-    raise UserError(f"rows={rows} and columns={columns} change the same setting")
-grid = [[(r, c, resolve(a | b)) for c, b in column_values] for r, a in row_values]
-os.makedirs(out_dir, exist_ok=True)
-varied = "".join(f"; {name} {text}" for name, text in (("rows", rows), ("columns", columns)) if text)
-print(f"{info['description']}; {'first cell: ' if varied else ''}{describe_sampling(**grid[0][0][2])}{varied}")
-
 if rows or columns:
-    cells = [[sample(settings, f"{r} {c}") for r, c, settings in row] for row in grid]
-    images = torch.cat([torch.cat(row) for row in cells]).numpy()
-    titles, column_titles = [row[0][0] for row in grid if rows], [c for _, c, _ in grid[0] if columns]
-    save(tile(images, len(labels) * len(grid[0]), titles, column_titles), "compare.png")
+    row_values, column_values = values_of(rows), values_of(columns)
+    cells = [sample(a | b, f"{r} {c}") for r, a in row_values for c, b in column_values]
+    titles, column_titles = [r for r, _ in row_values if r], [c for c, _ in column_values if c]
+    save(tile(torch.cat(cells).numpy(), len(labels) * len(column_values), titles, column_titles), "compare.png")
 else:
-    frames = {} if gif else None
-    titles = [names[k] for k in shown if names]
-    width = per_class if names else min(8, per_class)  # of the grid; a row per class
-    save(tile(sample(grid[0][0][2], "sampling", frames).numpy(), width, titles), "sample.png")
+    frames, titles = {} if gif else None, [names[k] for k in shown if names]
+    width = per_class if names else min(8, per_class)
+    save(tile(sample({}, "sampling", frames).numpy(), width, titles), "sample.png")
     noise = image_noise([make_generator(seed, k) for k in range(len(labels))], model.shape)
     save(tile(to_uint8(noise / 3).numpy(), width, titles), "noise.png")
     if gif:
         times = sorted({*range(0, len(frames), max(1, len(frames) // 50)), max(frames)})
-        sheets = [tile(torch.cat(frames[i])[: len(labels)].numpy(), width, titles) for i in times]
+        sheets = [tile(torch.cat(frames[i]).numpy(), width, titles) for i in times]
         durations = [80] * (len(sheets) - 1) + [2000]  # ms
         save(sheets[0], "denoising.gif", save_all=True, append_images=sheets[1:], loop=0, duration=durations)
