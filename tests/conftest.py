@@ -1,0 +1,158 @@
+"""What the tests of the programs share: the scripts through their command lines, and small data and models.
+
+tests/test_SCRIPT.py has the properties of a script; test_user_errors.py every error that a user can cause; test_gpu.py
+a GPU, emulated; test_faults.py (slow) kills, full disks and several hosts; test_chain.py (slow) the quick start.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest runs one test per core; before torch is imported
+
+import pathlib
+import runpy
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import data
+
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TIMEOUT = 600  # seconds of a subprocess: ends a hang, measures nothing
+
+
+def path_of(script):
+    """The file of a script: train, or lab's evaluate."""
+    found = [path for path in (f"{HERE}/{script}.py", f"{HERE}/lab/{script}.py") if os.path.exists(path)]
+    return found[0]
+
+
+def command(script, *flags):
+    return [sys.executable, path_of(script), *flags]
+
+
+def environment(**more):
+    return os.environ | {"PYTHONPATH": HERE} | more
+
+
+def call(capfd, script, *flags):
+    """Runs a script in this process as its command line would: (exit status, output and errors)."""
+    status, handlers = 0, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    capfd.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [path_of(script), *flags])
+        patch.setattr(sys, "excepthook", sys.__excepthook__)
+        try:
+            runpy.run_path(path_of(script), run_name="__main__")
+        except SystemExit as e:
+            status = e.code or 0
+        except BaseException as e:
+            try:
+                sys.excepthook(type(e), e, e.__traceback__)
+                status = 1
+            except SystemExit as hooked:
+                status = hooked.code
+        finally:
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+    out, err = capfd.readouterr()
+    return status, out + err
+
+
+@pytest.fixture
+def run(capfd):
+    """run(script, *flags): what a script prints. It has to succeed."""
+
+    def run(script, *flags):
+        status, text = call(capfd, script, *flags)
+        assert status == 0, text
+        return text
+
+    return run
+
+
+@pytest.fixture
+def fails(capfd):
+    """fails(script, *flags): the one line of a script's error. It has to end with status 2."""
+
+    def fails(script, *flags):
+        status, text = call(capfd, script, *flags)
+        assert status == 2 and "Traceback" not in text, text
+        return text.strip().splitlines()[-1]
+
+    return fails
+
+
+def flags(**settings):
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def train_flags(shards, out_dir, **changes):
+    settings = dict(dataset=f"{shards}/tiny", out_dir=out_dir, ch=8, ch_mult="1,2", num_res_blocks=1, dropout=0.1)
+    settings |= dict(attn_resolutions="4", timesteps=20, beta_end=0.6, batch_size=8, max_iters=6, warmup_iters=2)
+    settings |= dict(lr=1e-3, min_lr=1e-3, log_interval=1, eval_interval=2, sample_interval=0)
+    return flags(**settings | dict(device="cpu", dtype="float32") | changes)
+
+
+def augment_flags(out_dir, folder, **changes):
+    settings = dict(out_dir=out_dir, synthetic_dir=folder, per_class=7, shard_size=6, batch_size=4, steps=3)
+    return flags(**settings | dict(device="cpu", dtype="float32") | changes)
+
+
+def classifier_flags(shards, out_dir, folder, **changes):
+    settings = dict(dataset=f"{shards}/tiny", out_dir=out_dir, synthetic_dir=folder, seeds=2, hidden=16, shift=1)
+    settings |= dict(batch_size=8, max_iters=6, eval_interval=3, warmup_iters=1, device="cpu")
+    return flags(**settings | changes)
+
+
+def contents(folder):
+    """The bytes of a folder's shards by file name."""
+    return {p.name: p.read_bytes() for p in sorted(pathlib.Path(folder).glob("*.npy"))}
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """A data_dir with small sets of every built-in data set's form, and a shard folder `tiny` of 8x8 images."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    forms = {"cifar10": (32, 3, 10), "fashion_mnist": (28, 1, 10), "flowers102": (64, 3, 102), "shapes": (32, 3, 10)}
+    for name, (size, channels, classes) in (forms | {"tiny": (8, 3, 3)}).items():
+        names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+        names = names[:classes] if classes <= 10 else [str(k) for k in range(classes)]
+        n = 60 if size == 8 else 20
+        for split in ("train", "test"):
+            images = rng.integers(0, 256, (n, size, size, channels), dtype=np.uint8)
+            data.write_shards(f"{root}/{name}/{split}", images, np.arange(n) % classes, names)
+    return str(root)
+
+
+@pytest.fixture(scope="session")
+def trained(shards, tmp_path_factory):
+    """The out_dir of a tiny model, trained for a few steps by the real script."""
+    out_dir = str(tmp_path_factory.mktemp("run") / "out")
+    train = command("train", *train_flags(shards, out_dir, sample_interval=6))
+    subprocess.run(train, check=True, cwd=shards, capture_output=True, env=environment(), timeout=TIMEOUT)
+    return out_dir
+
+
+@pytest.fixture(scope="session")
+def synthetic(trained, tmp_path_factory):
+    """A folder of 7 images of each class of `trained`."""
+    folder = str(tmp_path_factory.mktemp("synthetic") / "set")
+    augment = command("augment", *augment_flags(trained, folder))
+    subprocess.run(augment, check=True, capture_output=True, env=environment(), timeout=TIMEOUT)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_shapes(tmp_path_factory):
+    """A data set of 300 + 300 shapes in a folder, and its first 100 training images as a sample folder."""
+    root = tmp_path_factory.mktemp("shapes")
+    for split, seed in (("train", 0), ("test", 1)):
+        images, labels, names = data.make_shapes(300, seed)
+        data.write_shards(f"{root}/real/{split}", images, labels, names)
+        if split == "train":
+            order = np.argsort(labels, kind="stable").reshape(10, -1)[:, :10].ravel()
+            data.write_shards(f"{root}/copied", images[order], (labels[order] + 3) % 10, [*names[-3:], *names[:-3]])
+    return root
