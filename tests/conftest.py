@@ -8,6 +8,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest runs one test per core; before torch is imported
 
+import fcntl
 import pathlib
 import runpy
 import signal
@@ -40,10 +41,12 @@ def environment(**more):
 def call(capfd, script, *flags):
     """Runs a script in this process as its command line would: (exit status, output and errors)."""
     status, handlers = 0, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    flock, locked = fcntl.flock, []  # a lock lasts as long as its process: here, as the script
     capfd.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [path_of(script), *flags])
         patch.setattr(sys, "excepthook", sys.__excepthook__)
+        patch.setattr(fcntl, "flock", lambda file, how: (locked.append(file), flock(file, how)))
         try:
             runpy.run_path(path_of(script), run_name="__main__")
         except SystemExit as e:
@@ -57,6 +60,8 @@ def call(capfd, script, *flags):
         finally:
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
+            for file in locked:
+                os.close(file)
     out, err = capfd.readouterr()
     return status, out + err
 
