@@ -1,13 +1,13 @@
 """Baseline: a DCGAN (Radford, Metz, Chintala 2016; Goodfellow et al. 2014), unconditional or conditional.
 
-python gan.py --classes=cat --conditional=False            one class
-python gan.py --classes=cat,frog                           conditional: labels as an extra channel of both networks
-python gan.py --label_smoothing=0.1 --input_noise=0.1      two remedies against a discriminator that wins too early
-python gan.py --init_from=resume --out_dir=out-gan         continue after a stop (Ctrl-C saves first)
-python gan.py --per_class=5000 --init_from=resume          write a synthetic set, as augment.py does, at the end
+python -m lab.gan --classes=cat --conditional=False            one class
+python -m lab.gan --classes=cat,frog                           conditional: labels as a channel of both networks
+python -m lab.gan --label_smoothing=0.1 --input_noise=0.1      two remedies against a discriminator that wins too early
+python -m lab.gan --per_class=5000                             a larger synthetic set
 
-Writes checkpoint gan.pt, log.json, grids from fixed noise, and training.gif of them. For square images whose side can
-be halved to 4 or to an odd number, such as 32 and 28.
+Writes log.json, grids from fixed noise and training.gif of them, both networks as gan.pt, and a synthetic set in
+out_dir/synthetic, as augment.py does. For square images whose side can be halved to 4 or to an odd number, such as 32
+and 28.
 """
 
 import math
@@ -18,35 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from configurator import apply_saved, catch_signals, configure, duration, lock_folder, progress, setup_device
-from data import (
-    Batches,
-    file_hash,
-    fingerprint,
-    load_splits,
-    save_json,
-    shard_files,
-    tile,
-    training_count,
-    write_shards,
-)
-from ddpm import (
-    UserError,
-    atomic_write,
-    check_choice,
-    evaluating,
-    image_noise,
-    load_checkpoint,
-    make_generator,
-    reading,
-    seed_of,
-    to_uint8,
-)
+import data
+import runtime
+from configurator import configure
+from ddpm import check, image_noise, make_generator, seed_of, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the run
 out_dir = "out-gan"
-init_from = "scratch"  # or resume: continue from out_dir's checkpoint, with its settings unless given
 seed = 0  # of weights, batches and noise
 device = "auto"  # cuda, mps, cpu
 # data, as in train.py, which has more
@@ -69,8 +48,8 @@ label_smoothing = 0.0  # two-sided; 0.1: the discriminator's targets are 0.9 and
 input_noise = 0.0  # instance noise: standard deviation on the discriminator's inputs, falling linearly to 0
 # reports
 log_interval = 100
-sample_interval = 1000  # steps between grids, each followed by a checkpoint
-per_class = 0  # above 0: at the end write so many images of each class to out_dir/synthetic
+sample_interval = 1000  # steps between grids; 0: one at the end
+per_class = 1000  # images of each class in the synthetic set
 # ---------------------------------------------------------------------------------------------------------------------
 # networks
 
@@ -133,115 +112,53 @@ class Discriminator(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# settings, data, networks, state
-config, given = configure(globals(), dict(sample_interval="[1, inf)", per_class="[0, inf)", ch="[1, 4096]"))
-check_choice("init_from", init_from, ("scratch", "resume"))
-checkpoint_path, checkpoint = os.path.join(out_dir, "gan.pt"), None
-if os.path.exists(os.path.join(out_dir, "ckpt.pt")):
-    raise UserError(f"{out_dir} holds a run of train.py: use another --out_dir")
-if init_from == "scratch" and os.path.exists(checkpoint_path):
-    raise UserError(f"{out_dir} holds an earlier run: continue it with --init_from=resume, or use another --out_dir")
-if init_from == "resume":
-    checkpoint = load_checkpoint(checkpoint_path, ("config", "trained_on", "step", "history"))
-    with reading(checkpoint_path):
-        fixed = {"dataset", "classes", "val_fraction", "conditional", "image_size", "ch", "z_dim", "lr", "beta1"}
-        apply_saved(checkpoint["config"], config, given, globals(), fixed)
-device, _, _ = setup_device(device, "float32", False)
-lock_folder(out_dir)
+# settings, data, networks
+config, given = configure(globals())
+check(0 < ch <= 4096 and z_dim <= 4096, "ch and z_dim must be from 1 to 4096")
+for name in ("ckpt.pt", "gan.pt"):
+    check(not os.path.exists(f"{out_dir}/{name}"), f"{out_dir} holds an earlier run: use another --out_dir")
+device, _, _ = runtime.setup_device(device, "float32", "False")
+runtime.lock_folder(out_dir)
 
-(images, labels), _, names = load_splits(dataset, data_dir, image_size, classes)
-n_train = training_count(len(images), val_fraction)
-trained_on = dict(dataset=dataset, classes=classes, val_fraction=val_fraction, validation=fingerprint(images[n_train:]))
-if checkpoint and checkpoint["trained_on"] != trained_on:
-    raise UserError(f"{checkpoint_path} was trained on other images than {dataset} in {data_dir} has now")
+(images, labels), _, names = data.load_splits(dataset, data_dir, image_size, classes)
+n_train = data.training_count(len(images), val_fraction)
 if not conditional or labels is None:
-    labels, names = None, names if len(names) == 1 else []
+    labels, names = None, names if len(names) == 1 else []  # the set of one class is labelled
 K, size, channels = 0 if labels is None else len(names), *images.shape[2:]
-batches = Batches(images[:n_train], labels[:n_train] if K else None, batch_size, seed, hflip, device=device)
-if not side_and_widths(size)[1]:
-    raise UserError(f"image_size: {size} cannot be halved down to 4 or an odd number")
+check(side_and_widths(size)[1], f"image_size: {size} cannot be halved down to 4 or an odd number")
+batches = data.Batches(images[:n_train], labels[:n_train] if K else None, batch_size, seed, hflip, device=device)
 
 torch.manual_seed(seed)
 G, D = (kind(size, channels, K).apply(init_dcgan).to(device) for kind in (Generator, Discriminator))
 G_optimizer, D_optimizer = (torch.optim.Adam(net.parameters(), lr=lr, betas=(beta1, 0.999)) for net in (G, D))
-parts = dict(generator=G, discriminator=D, G_optimizer=G_optimizer, D_optimizer=D_optimizer)
-step, history = 0, {"step": [], "d_loss": [], "g_loss": [], "d_real": [], "d_fake": []}
-if checkpoint:
-    step, history = checkpoint["step"], checkpoint["history"]
-    with reading(checkpoint_path):
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
 G_size, D_size = (f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f}M" for net in (G, D))
 print(
     f"generator {G_size}, discriminator {D_size} parameters on {device}; {n_train} training images of "
-    f"{(channels, size, size)}, {K or 'no'} classes; steps {step} to {max_iters}, batch {batch_size}",
+    f"{(channels, size, size)}, {K or 'no'} classes; {max_iters} steps, batch {batch_size}",
     flush=True,
 )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# reports
 
 
 @torch.no_grad()
 def generate(y, indices):
     """Images (n, H, W, C) uint8 for labels y (n,); image k has noise indices[k] of the seed."""
     z = image_noise([make_generator(seed, k) for k in indices], (z_dim,), device)
-    with evaluating(G):
-        return to_uint8(G(z, y.to(device))).cpu()
-
-
-def save():
-    content = {name: part.state_dict() for name, part in parts.items()}
-    content |= dict(step=step, history=history, config=config, trained_on=trained_on, num_classes=K)
-    with atomic_write(checkpoint_path) as f:
-        torch.save(content, f)
-    save_json(f"{out_dir}/log.json", history)
-
-
-def grid_path(step):
-    return f"{out_dir}/samples_{step:06d}.png"
-
-
-def save_gif():
-    """All grids of the run as training.gif."""
-    from PIL import Image
-
-    steps = sorted({*range(sample_interval, max_iters + 1, sample_interval), max_iters})
-    frames = [Image.open(grid_path(k)) for k in steps if os.path.exists(grid_path(k))]
-    if frames:
-        frames[0].save(f"{out_dir}/training.gif", save_all=True, append_images=frames[1:], loop=0, duration=200)  # ms
-
-
-def write_set():
-    """per_class images of each class as shards with a manifest, in turn by class, as augment.py writes them."""
-    folder, C, start = f"{out_dir}/synthetic", max(1, K), time.time()
-    lock_folder(folder)
-    save_json(f"{folder}/manifest.json", dict(complete=False, settings={}, shards={}))
-    for path in shard_files(folder):
-        os.remove(path)
-    y, made = torch.arange(C).repeat(per_class), []
-    for part in torch.arange(len(y)).split(500):
-        if signals:
-            raise UserError("stopped by a signal before the set was complete: --init_from=resume writes it again")
-        made.append(generate(y[part], (part + 2**30).tolist()))  # not the noise of the grids
-        progress("synthetic", (int(part[-1]) + 1) / len(y), start)
-    write_shards(folder, torch.cat(made).numpy(), y.numpy() if names else None, names)
-    hashes = {os.path.basename(p): file_hash(p) for p in (*shard_files(folder), f"{folder}/classes.json")}
-    save_json(f"{folder}/manifest.json", dict(complete=True, settings=config, shards=hashes, trained_on=trained_on))
-    print(f"{len(y)} images in {folder}")
+    G.eval()
+    x = G(z, y.to(device))
+    G.train()
+    return to_uint8(x).cpu()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
-signals, grid_labels = catch_signals(), torch.arange(min(10, max(1, K))).repeat_interleave(8)
-start, first_step = time.time(), step
+history, frames = {"step": [], "d_loss": [], "g_loss": [], "d_real": [], "d_fake": []}, []
+grid_labels, start = torch.arange(min(10, max(1, K))).repeat_interleave(8), time.time()
 bce, ones = F.binary_cross_entropy_with_logits, torch.ones(batch_size, device=device)
-while step < max_iters and not signals:
-    x, y = batches(step)
-    torch.manual_seed(seed_of(seed + 1, step))
-    z = torch.randn(len(x), z_dim, device=device)
-    noise = input_noise * (1 - step / max_iters)
+for step in range(1, max_iters + 1):
+    x, y = batches(step - 1)
+    torch.manual_seed(seed_of(seed + 1, step - 1))
+    z = torch.randn(batch_size, z_dim, device=device)
+    noise = input_noise * (1 - (step - 1) / max_iters)
 
     # Discriminator: 1 for real images and 0 for generated ones, or smoothed.
     fake = G(z, y)
@@ -256,30 +173,32 @@ while step < max_iters and not signals:
     G_optimizer.zero_grad()
     g_loss.backward()
     G_optimizer.step()
-    step += 1
 
     if step % log_interval == 0 or step == max_iters:
-        d, g, speed = d_loss.item(), g_loss.item(), (step - first_step) * batch_size / (time.time() - start)
-        if not math.isfinite(d + g):
-            raise UserError(f"the losses are {d:.3g} and {g:.3g} at step {step}: lower lr")
+        d, g, speed = d_loss.item(), g_loss.item(), step * batch_size / (time.time() - start)
+        check(math.isfinite(d + g), f"the losses are {d:.3g} and {g:.3g} at step {step}: lower lr")
         shares = (d_real > 0).float().mean().item(), (d_fake > 0).float().mean().item()
         for key, value in zip(history, (step, d, g, *shares)):
             history[key].append(value)
-        left = duration((max_iters - step) * batch_size / speed)
         print(
             f"step {step:7d}  D loss {d:.4f}  G loss {g:.4f}  taken for real: {shares[0]:4.0%} of real, "
-            f"{shares[1]:4.0%} of generated  {speed:8.1f} images/s  {left} left",
+            f"{shares[1]:4.0%} of generated  {speed:8.1f} images/s  "
+            f"{runtime.duration((max_iters - step) * batch_size / speed)} left",
             flush=True,
         )
-    if step % sample_interval == 0 or step == max_iters:
-        tile(generate(grid_labels, range(len(grid_labels))).numpy(), 8, names[:10] if K else ()).save(grid_path(step))
-        save()
+    if step == max_iters or sample_interval and step % sample_interval == 0:
+        grid = generate(grid_labels, range(len(grid_labels))).numpy()
+        frames.append(data.tile(grid, 8, names[:10] if K else ()))
+        frames[-1].save(f"{out_dir}/samples_{step:06d}.png")
+        data.save_json(f"{out_dir}/log.json", history)
 
-if signals:
-    save()
-    print(f"stopped by a signal at step {step}: `python gan.py --init_from=resume --out_dir={out_dir}` continues")
-else:
-    save_gif()
-    if per_class:
-        write_set()
-    print(f"done: {out_dir}/training.gif shows the same noise over training")
+# The networks, the film of the grids, and the synthetic set: the classes in turn, from other noise than the grids'.
+with runtime.atomic_write(f"{out_dir}/gan.pt") as f:
+    torch.save(dict(generator=G.state_dict(), discriminator=D.state_dict(), config=config), f)
+frames[0].save(f"{out_dir}/training.gif", save_all=True, append_images=frames[1:], loop=0, duration=200)  # ms
+y, made, start = torch.arange(max(1, K)).repeat(per_class), [], time.time()
+for part in torch.arange(len(y)).split(500):
+    made.append(generate(y[part], (part + 2**30).tolist()))
+    runtime.progress("synthetic", (int(part[-1]) + 1) / len(y), start)
+data.write_shards(f"{out_dir}/synthetic", torch.cat(made).numpy(), y.numpy() if names else None, names)
+print(f"{len(y)} images in {out_dir}/synthetic; {out_dir}/training.gif shows the same noise over training")
