@@ -114,7 +114,7 @@ class Discriminator(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # settings, data, networks
 config, given = configure(globals())
-check(0 < ch <= 4096 and z_dim <= 4096, "ch and z_dim must be from 1 to 4096")
+check(0 < ch <= 4096, f"ch: {ch} must be from 1 to 4096")
 for name in ("ckpt.pt", "gan.pt"):
     check(not os.path.exists(f"{out_dir}/{name}"), f"{out_dir} holds an earlier run: use another --out_dir")
 device, _, _ = runtime.setup_device(device, "float32", "False")
@@ -192,13 +192,13 @@ for step in range(1, max_iters + 1):
         frames[-1].save(f"{out_dir}/samples_{step:06d}.png")
         data.save_json(f"{out_dir}/log.json", history)
 
-# The networks, the film of the grids, and the synthetic set: the classes in turn, from other noise than the grids'.
-with runtime.atomic_write(f"{out_dir}/gan.pt") as f:
-    torch.save(dict(generator=G.state_dict(), discriminator=D.state_dict(), config=config), f)
+# The film of the grids; the synthetic set, classes in turn, from other noise than the grids'; at last, the networks.
 frames[0].save(f"{out_dir}/training.gif", save_all=True, append_images=frames[1:], loop=0, duration=200)  # ms
 y, made, start = torch.arange(max(1, K)).repeat(per_class), [], time.time()
 for part in torch.arange(len(y)).split(500):
     made.append(generate(y[part], (part + 2**30).tolist()))
     runtime.progress("synthetic", (int(part[-1]) + 1) / len(y), start)
 data.write_shards(f"{out_dir}/synthetic", torch.cat(made).numpy(), y.numpy() if names else None, names)
+with runtime.atomic_write(f"{out_dir}/gan.pt") as f:
+    torch.save(dict(generator=G.state_dict(), discriminator=D.state_dict(), config=config), f)
 print(f"{len(y)} images in {out_dir}/synthetic; {out_dir}/training.gif shows the same noise over training")
