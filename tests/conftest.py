@@ -12,6 +12,7 @@ import fcntl
 import pathlib
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 
@@ -64,6 +65,24 @@ def call(capfd, script, *flags):
                 os.close(file)
     out, err = capfd.readouterr()
     return status, out + err
+
+
+def processes(n, script, *flags):
+    """What a script prints in each of n processes that work together, as under torchrun. They have to succeed."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        where = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE=str(n))
+    pipes, started = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), []
+    try:
+        for k in map(str, range(n)):
+            env = environment(RANK=k, LOCAL_RANK=k, **where)
+            started.append(subprocess.Popen(command(script, *flags), env=env, **pipes))
+        texts = [process.communicate(timeout=TIMEOUT)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert not any(process.returncode for process in started), texts
+    return texts
 
 
 @pytest.fixture
