@@ -87,14 +87,15 @@ if resume or fine_tune:
     kept = saved.keys() & config.keys() - {"out_dir", "init_from", "device", "use_compile", *given}
     config |= {key: saved[key] for key in kept}
     globals().update(config)
-else:
-    check(not os.path.exists(checkpoint_path), f"{out_dir} holds an earlier run: resume it, or use another --out_dir")
+earlier = f"{out_dir} holds an earlier run: --init_from=resume continues it; for a new run use another --out_dir"
+check(resume or not os.path.exists(checkpoint_path), earlier)
 
 # 2. Device and processes: torchrun starts one process per GPU.
 device, amp_dtype, use_compile = runtime.setup_device(device, dtype, use_compile)
 rank, world = runtime.join_processes(device)
-micro = batch_size // world // grad_accum  # images of a process in a micro-batch
-check(micro * world * grad_accum == batch_size, f"batch_size: not divisible by {world} processes x grad_accum")
+parts = world * grad_accum
+check(batch_size % parts == 0, f"batch_size: not divisible by {world} processes x grad_accum {grad_accum}")
+micro = batch_size // parts  # images of a process in a micro-batch
 if rank == 0:
     runtime.lock_folder(out_dir)
 
@@ -152,11 +153,14 @@ step, sums = 0, torch.zeros(2, device=device)  # sum and count of the losses sin
 history = dict(step=[], epochs=[], train_loss=[], val_loss=[], val_quarters=[], test_loss=None)
 history |= dict(log_step=[], log_loss=[], lr=[])
 if resume:
-    trained_on |= {k: v for k, v in checkpoint["trained_on"].items() if k == "init_from"}
-    check(checkpoint["trained_on"] == trained_on, "resume: these are not the images that the checkpoint was trained on")
-    step, history, sums = checkpoint["step"], checkpoint["history"], checkpoint["sums"].to(device)
-    for name, part in dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler).items():
+    same = all(trained_on[split] == checkpoint["trained_on"][split] for split in ("training", "validation"))
+    check(same, "resume: these are not the images that the checkpoint was trained on")
+    step, sums, trained_on = checkpoint["step"], checkpoint["sums"].to(device), checkpoint["trained_on"]
+    history = checkpoint["history"] | dict(test_loss=None)
+    for name, part in dict(model=model, ema=ema, optimizer=optimizer).items():
         part.load_state_dict(checkpoint[name])
+    if checkpoint["scaler"]:  # empty unless that was float16
+        scaler.load_state_dict(checkpoint["scaler"])
     optimizer.param_groups[0]["weight_decay"] = weight_decay
 del checkpoint
 if use_compile:
@@ -205,17 +209,18 @@ def save_grid():
 def save():
     content = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step)
     content |= dict(scaler=scaler.state_dict(), sums=sums, history=history, config=config)
+    data.save_json(f"{out_dir}/log.json", history)  # before the checkpoint: if cut off here, the run writes both again
     with runtime.atomic_write(checkpoint_path) as f:
         torch.save(content | dict(model_args=asdict(model.config), trained_on=trained_on), f)
-    data.save_json(f"{out_dir}/log.json", history)
 
 
 # 7. The loop. The first Ctrl-C or SIGTERM ends it after the current step, with a checkpoint; a second one at once.
 signals = runtime.catch_signals() if world == 1 else []
 rows = slice(rank * batch_size // world, (rank + 1) * batch_size // world)  # of the batch, for this process
-log_step, log_time, log_sums, saved_step = step, time.time(), torch.zeros(2, device=device), step or None
+log_step, log_time, log_sums = step, time.time(), torch.zeros(2, device=device)
+last_saved, stopped = f"step {step}" if resume else "none", False
 model.train()
-while step < max_iters and not signals:
+while step < max_iters and not stopped:
     lr_now = ddpm.learning_rate(step, max_iters, lr, min_lr, warmup_iters)
     for group in optimizer.param_groups:
         group["lr"] = lr_now
@@ -248,18 +253,16 @@ while step < max_iters and not signals:
     step += 1
 
     # Log. Nothing above waits for the device; this does.
+    stopped = bool(signals)  # read once a step: a step after which the loop ends is always saved
     evaluates = step % eval_interval == 0 or step == max_iters
-    if evaluates or signals or step % log_interval == 0 or step == 1:
+    if evaluates or stopped or step % log_interval == 0 or step == 1:
         if world > 1:
             dist.all_reduce(log_sums)
-        loss, norm, seconds = (
-            (log_sums[0] / log_sums[1]).item(),
-            norm.item(),
-            (time.time() - log_time) / (step - log_step),
-        )
+        loss, norm = (log_sums[0] / log_sums[1]).item(), norm.item()
+        seconds = max(1e-9, time.time() - log_time) / (step - log_step)
         fine = scaler.get_scale() >= 1 if scaler.is_enabled() else math.isfinite(norm)  # it skips steps and halves
         advice = "lower lr, lengthen warmup_iters or use --dtype=float32 and --use_compile=False"
-        at = f"step {step}, lr {lr_now:.3g} (last checkpoint: step {saved_step})"
+        at = f"step {step}, lr {lr_now:.3g} (last checkpoint: {last_saved})"
         check(fine and math.isfinite(loss), f"loss {loss:.3g}, grad norm {norm:.3g} at {at}: {advice}")
         log(
             f"step {step:7d}  loss {loss:.4f}  lr {lr_now:.2e}  grad norm {norm:7.3f}  {1e3 * seconds:8.1f} ms  "
@@ -286,10 +289,10 @@ while step < max_iters and not signals:
         if step == max_iters and test_images is not None:
             history["test_loss"], _ = evaluate(test_images, test_labels)
             log(f"step {step:7d}  test loss {history['test_loss']:.4f} on {len(test_images)} images")
-    if (evaluates or signals) and rank == 0:
+    if (evaluates or stopped) and rank == 0:
         save()
-        saved_step = step
-    if rank == 0 and sample_interval and not signals and (step % sample_interval == 0 or step == max_iters):
+        last_saved = f"step {step}"
+    if rank == 0 and sample_interval and not stopped and (step % sample_interval == 0 or step == max_iters):
         save_grid()
     if evaluates:
         log_time = time.time()
