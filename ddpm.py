@@ -94,9 +94,7 @@ class DDPMConfig:
             check(0 <= getattr(self, name) <= 1, f"{name}: {getattr(self, name)} must be between 0 and 1")
         halvings = len(self.ch_mult) - (self.arch == "unet")  # the U-Net's first level keeps the resolution
         unit = self.patch * 2**halvings
-        check(
-            self.image_size % unit == 0, f"image_size: {self.image_size} is not divisible by {unit} (patch, halvings)"
-        )
+        check(self.image_size % unit == 0, f"image_size: {self.image_size} is not divisible by {unit} (patch, levels)")
         sides = [self.image_size // self.patch // 2**k for k in range(halvings + 1)]
         missing = [side for side in self.attn_resolutions if side not in sides and self.arch == "unet"]
         check(not missing, f"attn_resolutions: {missing}, but the feature maps have sides {sides}")
@@ -115,7 +113,7 @@ def make_betas(schedule, T, beta_start, beta_end):
     if schedule == "linear":
         betas = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
     elif schedule == "quadratic":
-        betas = torch.linspace(abs(beta_start) ** 0.5, abs(beta_end) ** 0.5, T, dtype=torch.float64) ** 2
+        betas = torch.linspace(max(0, beta_start) ** 0.5, max(0, beta_end) ** 0.5, T, dtype=torch.float64) ** 2
     elif schedule == "sigmoid":
         x = torch.linspace(-6, 6, T, dtype=torch.float64)
         betas = beta_start + (beta_end - beta_start) * torch.sigmoid(x)
@@ -515,7 +513,7 @@ class DDPM(nn.Module):
         only while sigma_t is in between ([9]; for w > 0). on_step(i, xt, x0_hat) is called after each step.
         Raises UserError for labels or settings that do not fit the model.
         """
-        steps, device = steps or self.T, self.loss_weight.device
+        steps, device = self.T if steps is None else steps, self.loss_weight.device
         self.check_sampling(y, w, sampler, steps, eta, interval)
         check(y is not None or indices is not None, "how many images? Give y (labels), or indices=range(n)")
         indices = range(len(y)) if indices is None else indices
@@ -599,11 +597,12 @@ def load_checkpoint(path):
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
         checkpoint = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except PermissionError:
         raise
     except Exception:  # of a damaged file: any
         checkpoint = {}
-    check({"model_args", "ema", "step"} <= set(checkpoint), f"checkpoint {path} is damaged or not of train.py")
+    whole = isinstance(checkpoint, dict) and {"model_args", "ema", "step"} <= checkpoint.keys()
+    check(whole, f"checkpoint {path} is damaged or not of train.py")
     return checkpoint
 
 
@@ -613,6 +612,8 @@ def load_model(path, ema=True, device="cpu", amp_dtype=None):
     check(ema or "model" in checkpoint, f"{path} holds only averaged weights: use --ema=True")
     model = DDPM(DDPMConfig(**checkpoint["model_args"]))
     weights = checkpoint["ema" if ema else "model"]
-    model.load_state_dict(weights.get("shadow", weights))  # shadow: the layout of weights/cifar_small.pt
+    weights = weights.get("shadow", weights)  # shadow: the layout of weights/cifar_small.pt
+    check(weights.keys() == model.state_dict().keys(), f"checkpoint {path} is of another version of ddpm.py")
+    model.load_state_dict(weights)
     model.amp_dtype = amp_dtype
     return model.to(device).eval(), checkpoint
