@@ -1,22 +1,22 @@
 """Draws what a report shows, into out_dir/plot_WHAT.png. Needs `pip install '.[plot]'`.
 
-python plot.py schedules                                   beta, signal and log-SNR of the four schedules
-python plot.py forward --dataset=cifar10                   an image noised along each of them
-python plot.py loss --logs=out/log.json,out-b/log.json     training, validation and test loss of any number of runs
-python plot.py confusion --results=out/classifier.json     confusion matrices of the arms, side by side
-python plot.py data --dataset=cifar10                      class balance, augmentation, noise
+python -m lab.plot schedules                                   beta, signal and log-SNR of the four schedules
+python -m lab.plot forward --dataset=cifar10                   an image noised along each of them
+python -m lab.plot loss --logs=out/log.json,out-b/log.json     training, validation and test loss of any number of runs
+python -m lab.plot confusion --results=out/classifier.json     confusion matrices of the arms, side by side
+python -m lab.plot data --dataset=cifar10                      class balance, augmentation, noise
 """
 
-import math
 import os
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import torch
 
+import data
 from configurator import configure
-from data import Batches, load, read_json
-from ddpm import DDPM, SCHEDULES, DDPMConfig, UserError, check_choice, make_betas, make_generator, to_float, to_uint8
+from ddpm import DDPM, SCHEDULES, DDPMConfig, check, check_choice, make_betas, make_generator, to_float, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = "out"
@@ -30,38 +30,28 @@ seed = 0  # of the noise and of the choice of images
 timesteps = 500  # T
 beta_start = 1e-4
 beta_end = 0.028
-hflip = True  # of data's augmentation, as in train.py and classifier.py
-shift = 2
-crop = 1.0
-dpi = 110
 # ---------------------------------------------------------------------------------------------------------------------
 COLOURS = ("#1f5aa0", "#c2551e", "#3c8d40", "#7b4ea3", "#8a6d3b", "#444444")
 
 
-def pyplot():
-    """matplotlib.pyplot without a display. Raises ImportError."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+def diffusion(schedule, channels=3, side=32):
+    """A DDPM with a schedule. Its network, the smallest, is not used."""
+    smallest = dict(ch=2, ch_mult=(1,), num_res_blocks=1, attn_resolutions=())
+    betas = dict(timesteps=timesteps, schedule=schedule, beta_start=beta_start, beta_end=beta_end)
+    return DDPM(DDPMConfig(side, channels, **smallest, **betas))
 
 
 def noised(x0, schedule, ts):
-    """x0 (C, H, W) at each t of ts, with the same noise: (len(ts), C, H, W)."""
-    smallest = dict(ch=2, ch_mult=(1,), num_res_blocks=1, attn_resolutions=())  # the network is not used
-    betas = dict(timesteps=timesteps, schedule=schedule, beta_start=beta_start, beta_end=beta_end)
-    model = DDPM(DDPMConfig(x0.shape[-1], len(x0), **smallest, **betas))
-    eps = torch.randn(x0.shape, generator=make_generator(seed))
-    return model.q_sample(x0[None], torch.tensor(ts), eps[None])
+    """x0 (B or 1, C, H, W) at each t of ts (B), with the same noise for all: (B, C, H, W)."""
+    eps = torch.randn((1, *x0.shape[1:]), generator=make_generator(seed))
+    return diffusion(schedule, *x0.shape[1:3]).q_sample(x0, torch.tensor(ts), eps)
 
 
 def show(axis, x, title=""):
     """Shows an image (C, H, W) in [-1, 1] without a frame."""
     image = to_uint8(x).numpy()
     axis.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
-    axis.set_title(title, fontsize=8)
+    axis.set_title(title, fontsize=8, parse_math=False)
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
 
@@ -70,15 +60,15 @@ def side_title(axis, text):
     axis.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
 
 
-def plot_schedules():
+def plot_schedules(figure):
     """beta_t, sqrt(1 - beta_t), alpha_bar_t and log-SNR over t. cosine's betas, up to 0.999, have their own axis."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 4, figsize=(14, 3.4))
+    figure.set_size_inches(14, 3.4)
+    axes = figure.subplots(1, 4)
     titles = (r"$\beta_t$", r"$\sqrt{1-\beta_t}$", r"$\bar\alpha_t$", r"$\log\ \bar\alpha_t / (1-\bar\alpha_t)$")
     right = [axis.twinx() for axis in axes[:2]]
     for schedule, colour in zip(SCHEDULES, COLOURS):
+        abar = torch.tensor(diffusion(schedule).abar, dtype=torch.float64)
         betas = make_betas(schedule, timesteps, beta_start, beta_end)
-        abar = (1 - betas).cumprod(0)
         for k, values in enumerate((betas, (1 - betas).sqrt(), abar, (abar / (1 - abar)).log())):
             own = schedule == "cosine" and k < 2
             (right if own else axes)[k].plot(values, "--" if own else "-", color=colour, lw=1.8)
@@ -88,36 +78,35 @@ def plot_schedules():
     for axis in right:
         axis.tick_params(axis="y", colors=COLOURS[1], labelsize=8)
         axis.set_ylabel("cosine", color=COLOURS[1], fontsize=8)
-    lines = [plt.Line2D([], [], color=colour, lw=1.8) for colour in COLOURS[:4]]
     labels = [f"{s} (dashed: axis on the right)" if s == "cosine" else s for s in SCHEDULES]
-    figure.legend(lines, labels, loc="lower center", ncol=4, frameon=False)
+    figure.legend(axes[2].lines, labels, loc="lower center", ncol=4, frameon=False)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
-    return figure
 
 
-def plot_forward():
+def plot_forward(figure):
     """One image along each schedule, with the same noise everywhere."""
-    images, _, _ = load(dataset, "train", data_dir, image_size, classes)
-    x0 = to_float(torch.tensor(images[seed % len(images)][None]))[0]
+    images, _, _ = data.load(dataset, "train", data_dir, image_size, classes)
+    x0 = to_float(torch.tensor(images[seed % len(images)][None]))
     ts = [round(u * (timesteps - 1)) for u in np.linspace(0, 1, 9)]
-    figure, axes = pyplot().subplots(len(SCHEDULES), len(ts), figsize=(1.15 * len(ts), 1.25 * len(SCHEDULES)))
-    for row, schedule in zip(axes, SCHEDULES):
+    figure.set_size_inches(1.15 * len(ts), 1.25 * len(SCHEDULES))
+    for row, schedule in zip(figure.subplots(len(SCHEDULES), len(ts)), SCHEDULES):
         for axis, x, t in zip(row, noised(x0, schedule, ts), ts):
             show(axis, x, f"t = {t}" if schedule == SCHEDULES[0] else "")
         side_title(row[0], schedule)
     figure.tight_layout(pad=0.4)
-    return figure
 
 
-def plot_loss():
+def plot_loss(figure):
     """Training and validation loss of each run, its test loss as a star, and validation loss by quarter of t."""
     paths = logs.split(",") if logs else [os.path.join(out_dir, "log.json")]
     for path in paths:
-        if not os.path.exists(path):
-            raise UserError(f"no log {path}: train.py writes log.json into its out_dir")
+        check(os.path.exists(path), f"no log {path}: train.py writes log.json into its out_dir")
+        check("train_loss" in data.read_json(path), f"{path} is not a log of train.py")  # gan.py has another log.json
     folders = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in paths]
-    runs = dict(zip(folders if len(set(folders)) == len(paths) else paths, map(read_json, paths)))
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4))
+    names = folders if len(set(folders)) == len(paths) else paths
+    runs = {name.replace("$", r"\$"): data.read_json(path) for name, path in zip(names, paths)}  # no formula
+    figure.set_size_inches(11, 4)
+    left, right = figure.subplots(1, 2)
     for colour, (name, log) in zip(COLOURS * len(runs), runs.items()):
         left.plot(log["step"], log["train_loss"], color=colour, lw=1, alpha=0.5, label=f"{name}: training")
         if log["val_loss"]:  # not with val_fraction=0
@@ -138,60 +127,53 @@ def plot_loss():
         if axis.lines:
             axis.legend(fontsize=8, ncol=len(runs))
     figure.tight_layout()
-    return figure
 
 
-def plot_confusion(path=""):
-    """The confusion matrices in a file of classifier.py, summed over seeds, in percent of each true class."""
-    path = path or results or os.path.join(out_dir, "classifier.json")
-    if not os.path.exists(path):
-        raise UserError(f"no results {path}: classifier.py writes classifier.json into its out_dir")
-    content = read_json(path)
-    cells, names = {}, content["classes"]
+def plot_confusion(figure):
+    """The confusion matrices of classifier.py's arms, summed over seeds, in percent of each true class."""
+    path = results or os.path.join(out_dir, "classifier.json")
+    check(os.path.exists(path), f"no results {path}: classifier.py writes classifier.json into its out_dir")
+    content, arms = data.read_json(path), {}
+    check(content.get("runs") and "classes" in content, f"{path} is not of classifier.py")
     for run in content["runs"]:
-        amount = f", {run['n_real']} + {run['n_synthetic']}" if "amounts" in os.path.basename(path) else ""
-        cells.setdefault(run["arm"] + amount, []).append(run)
-    columns, rows = min(4, len(cells)), math.ceil(len(cells) / 4)
-    size = (4.1 * columns + 0.6, 4.4 * rows)
-    figure, axes = pyplot().subplots(rows, columns, figsize=size, squeeze=False, sharey=True)
-    for axis in axes.flat[len(cells) :]:
-        axis.set_axis_off()
-    for axis, (title, runs) in zip(axes.flat, cells.items()):
+        arms.setdefault(run["arm"], []).append(run)
+    ticks = dict(ticks=range(len(content["classes"])), labels=content["classes"], fontsize=8, parse_math=False)
+    figure.set_size_inches(4.1 * len(arms) + 0.6, 4.4)
+    axes = figure.subplots(1, len(arms), squeeze=False, sharey=True)[0]
+    for axis, (arm, runs) in zip(axes, arms.items()):
         matrix = np.sum([run["confusion"] for run in runs], axis=0)
         matrix = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
         axis.imshow(matrix, cmap="Blues", vmin=0, vmax=100)
         for (i, j), value in np.ndenumerate(matrix):
             colour = "white" if value > 55 else "black"
             axis.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=7)
-        axis.set_title(f"{title}: {100 * np.mean([run['test'] for run in runs]):.2f} %, n={len(runs)}", fontsize=10)
-        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
-        axis.set_yticks(range(len(names)), names, fontsize=8)
+        seeds = "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
+        axis.set_title(f"{arm}: {100 * np.mean([run['test'] for run in runs]):.2f} %, {seeds}", fontsize=10)
+        axis.set_xticks(**ticks, rotation=90)
+        axis.set_yticks(**ticks)
         axis.set_xlabel("predicted", fontsize=8)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("true", fontsize=8)
+    axes[0].set_ylabel("true", fontsize=8)
     figure.tight_layout()
-    return figure
 
 
-def plot_data():
+def plot_data(figure):
     """Images per class in the training split; one of each of ten classes, augmented four ways, and with noise."""
-    images, labels, names = load(dataset, "train", data_dir, image_size, classes)
+    images, labels, names = data.load(dataset, "train", data_dir, image_size, classes)
     names = [] if labels is None else names
     groups = [np.arange(len(images))] if labels is None else [np.flatnonzero(labels == k) for k in range(len(names))]
     shown = [k for k, group in enumerate(groups) if len(group)][:10]
     chosen = groups[0][:8] if labels is None else np.array([groups[k][seed % len(groups[k])] for k in shown])
-    batches = Batches(images[chosen], None, len(chosen), seed, hflip, crop, shift)
+    batches = data.Batches(images[chosen], None, len(chosen), seed, shift=2)  # as in classifier.py
     augmented = [batches(step)[0][torch.argsort(batches.indices(step))] for step in range(4)]
     clean = to_float(torch.tensor(images[chosen]))
     rows = [("clean", clean)] + [("" if i else "augmented", x) for i, x in enumerate(augmented)]
-    rows += [
-        (f"t = {t}", torch.cat([noised(x, "linear", [t]) for x in clean])) for t in (timesteps // 8, timesteps // 4)
-    ]
-    figure = pyplot().figure(figsize=(1.0 * len(chosen) + 4.6, 1.02 * len(rows) + 0.4))
+    for t in (timesteps // 8, timesteps // 4):
+        rows.append((f"t = {t}", noised(clean, "linear", [t] * len(clean))))
+    figure.set_size_inches(len(chosen) + 4.6, 1.02 * len(rows) + 0.4)
     grid = figure.add_gridspec(len(rows), len(chosen) + 5, wspace=0.08, hspace=0.08)
     bars = figure.add_subplot(grid[:, :3])
     bars.barh(range(len(groups)), list(map(len, groups)), color=COLOURS[0])
-    bars.set_yticks(range(len(groups)), names or ["all"], fontsize=min(8, 300 / len(groups)))
+    bars.set_yticks(range(len(groups)), names or ["all"], fontsize=min(8, 300 / len(groups)), parse_math=False)
     bars.invert_yaxis()
     bars.set_title(f"{len(images)} training images", fontsize=9)
     for i, (title, row) in enumerate(rows):
@@ -200,21 +182,19 @@ def plot_data():
             show(axis, x, names[shown[j]][:12] if i == 0 and names else "")
             if j == 0:
                 side_title(axis, title)
-    return figure
 
 
 PLOTS = dict(schedules=plot_schedules, forward=plot_forward, loss=plot_loss, confusion=plot_confusion, data=plot_data)
 
 if __name__ == "__main__":
-    WHAT = next((arg for arg in sys.argv[1:] if not arg.startswith("-")), "")
-    sys.argv = [arg for arg in sys.argv if arg != WHAT]
+    what = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
     configure(globals())
-    check_choice("plot.py WHAT", WHAT, PLOTS)
-    try:
-        figure = PLOTS[WHAT]()
-    except ImportError:
-        raise UserError("plot.py needs matplotlib: `pip install '.[plot]'`") from None
+    check_choice("the first word, what to draw", what, PLOTS)
+    check(find_spec("matplotlib"), "plot needs `pip install '.[plot]'`")
+    from matplotlib.figure import Figure
+
+    figure, path = Figure(), os.path.join(out_dir, f"plot_{what}.png")
+    PLOTS[what](figure)
     os.makedirs(out_dir, exist_ok=True)
-    path = os.path.join(out_dir, f"plot_{WHAT}.png")
-    figure.savefig(path, dpi=dpi, bbox_inches="tight")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     print(f"wrote {path}")
