@@ -346,10 +346,12 @@ def main():
     synthetic, made_with = (images[:0], labels[:0]), {}
     if chosen != ["real"]:
         synthetic, made_with = load_synthetic(synthetic_dir or f"{out_dir}/synthetic", names, real, val_images)
+    available = len(synthetic[0])
+    check(chosen == ["real"] or n_synthetic <= available, f"n_synthetic: {n_synthetic}, but there are {available}")
     print(
-        f"{n_real or n_train} real and {n_synthetic or len(synthetic[0])} synthetic training images, {len(val_images)} "
-        f"for validation, {len(test_images)} for the test; hidden layers {hidden}, {on}, {max_iters} updates of "
-        f"{batch_size}"
+        f"{n_real or n_train} real and {min(n_synthetic, available) or available} synthetic training images, "
+        f"{len(val_images)} for validation, {len(test_images)} for the test; hidden layers {hidden}, {on}, "
+        f"{max_iters} updates of {batch_size}"
     )
     os.makedirs(out_dir, exist_ok=True)
     path, runs = os.path.join(out_dir, "classifier.json"), {arm: [] for arm in chosen}
