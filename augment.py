@@ -57,8 +57,8 @@ weights = hashlib.sha256(repr(model.config).encode())
 for p in model.state_dict().values():
     weights.update(p.cpu().numpy().tobytes())
 each = max(1, shard_size // C)  # images of every class in a shard, the classes in turn; the last shard has fewer
-settings = sampling | dict(weights=weights.hexdigest(), per_class=per_class, shard_size=each * C, dtype=str(amp_dtype))
-settings["classes"] = [names[k] for k in labels if names]
+settings = sampling | dict(weights=weights.hexdigest(), per_class=per_class, shard_size=each * C)
+settings |= dict(classes=[names[k] for k in labels if names], dtype=str(amp_dtype or torch.float32))
 folder, n_shards = synthetic_dir or os.path.join(out_dir, "synthetic"), math.ceil(per_class / each)
 manifest = f"{folder}/manifest.json"
 
@@ -67,10 +67,12 @@ def images_in(i):
     return min(each, per_class - i * each) * C
 
 
+def files_of(i):
+    return [f"{folder}/{kind}_{i:05d}.npy" for kind in (("labels", "images") if names else ("images",))]
+
+
 def is_done(i):
-    """Whether the images of shard i, which are written last, are there and of the right number."""
-    path = f"{folder}/images_{i:05d}.npy"
-    return os.path.exists(path) and len(data.load_array(path)) == images_in(i)
+    return all(os.path.exists(path) and len(data.load_array(path)) == images_in(i) for path in files_of(i))
 
 
 def open_folder():
@@ -82,13 +84,11 @@ def open_folder():
         for path in shards:
             os.remove(path)
     elif shards:
-        old = data.read_json(manifest)["settings"] if os.path.exists(manifest) else {}
-        differing = [key for key in settings if old.get(key) != settings[key] and key != "per_class"]
-        smaller = old.get("per_class", 0) > per_class
+        old = data.read_json(manifest).get("settings", {}) if os.path.exists(manifest) else {}
+        others = [key for key in settings if old.get(key) != settings[key] and key != "per_class"]
+        others += ["per_class"] if old.get("per_class", 0) > per_class else []
         advice = "use --overwrite=True to delete it, or another --synthetic_dir"
-        check(
-            not differing and not smaller, f"{folder} was made with another {(differing or ['per_class'])[0]}: {advice}"
-        )
+        check(not others, f"{folder} was made with another {', '.join(others)}: {advice}")
     data.save_json(manifest, {"complete": False, "settings": settings})
     data.save_json(f"{folder}/classes.json", names)
     return [i for i in range(n_shards) if not is_done(i)]
@@ -112,10 +112,11 @@ for i in mine:
     first, y, images = i * each * C, torch.tensor(labels).repeat(images_in(i) // C), []
     for batch in model.sample_batches(y if model.K else None, range(first, first + len(y)), batch_size, **sampling):
         images.append(batch)
-        runtime.progress(f"shard {i}", (made + sum(map(len, images))) / total, start)
+        if rank == 0:
+            runtime.progress(f"shard {i}", (made + sum(map(len, images))) / total, start)
     data.write_shard(folder, i, torch.cat(images).numpy(), y.numpy() if names else None)
     made += len(y)
-    speed = made / (time.time() - start)
+    speed = made / max(1e-9, time.time() - start)
     left = runtime.duration((total - made) / speed)
     print(f"shard {i:5d}  {made}/{total} images  {speed:8.1f} images/s  {left} left", flush=True)
 
@@ -123,7 +124,7 @@ for i in mine:
 if world > 1:
     dist.barrier()
 if rank == 0:
-    hashes = {os.path.basename(path): data.file_hash(path) for path in data.shard_files(folder)}
+    hashes = {os.path.basename(path): data.file_hash(path) for i in range(n_shards) for path in files_of(i)}
     content = dict(complete=True, settings=settings, shards=hashes, trained_on=checkpoint.get("trained_on", {}))
     data.save_json(manifest, content | dict(step=checkpoint["step"], device=device, torch=torch.__version__))
     columns = min(8, images_in(0) // C)

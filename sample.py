@@ -42,7 +42,6 @@ config, given = configure(globals())
 COMPARED = {"w": float, "guidance_scale": float, "sampler": str, "steps": int, "eta": float, "ema": bool, "seed": int}
 device, amp_dtype, _ = runtime.setup_device(device, dtype, "False")
 check(not (gif and (rows or columns)), "gif cannot be combined with rows or columns")
-os.makedirs(out_dir, exist_ok=True)
 
 
 @functools.cache
@@ -94,13 +93,15 @@ def save(image, name, **how):
 
 
 model = get_model(ema)
+os.makedirs(out_dir, exist_ok=True)
 names = (list(model.config.class_names) or [str(k) for k in range(model.K)]) if model.K else []
 shown = class_ids(classes, names) if classes else list(range(model.K or 1))
 per_class = num_samples or (1 if rows or columns else 8)
 labels = [k for k in shown for _ in range(per_class)]
 if rows or columns:
     row_values, column_values = values_of(rows), values_of(columns)
-    cells = [sample(a | b, f"{r} {c}") for r, a in row_values for c, b in column_values]
+    check(not row_values[0][1].keys() & column_values[0][1].keys(), "rows and columns change the same setting")
+    cells = [sample(a | b, f"{r} {c}".strip()) for r, a in row_values for c, b in column_values]
     titles, column_titles = [r for r, _ in row_values if r], [c for c, _ in column_values if c]
     save(tile(torch.cat(cells).numpy(), len(labels) * len(column_values), titles, column_titles), "compare.png")
 else:

@@ -67,6 +67,26 @@ def call(capfd, script, *flags):
     return status, out + err
 
 
+def cut_off(n, capfd, script, *flags):
+    """call, of a script that is cut off before its n-th fsync, renaming or removal of a file."""
+    left = n
+
+    def counted(function):
+        def wrapped(*args):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise GeneratorExit  # what no script catches
+            return function(*args)
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("fsync", "replace", "remove"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        return call(capfd, script, *flags)
+
+
 def processes(n, script, *flags):
     """What a script prints in each of n processes that work together, as under torchrun. They have to succeed."""
     with socket.socket() as s:

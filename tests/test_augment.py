@@ -1,0 +1,115 @@
+"""augment.py: balanced shards, the same bytes however they came about, and what is refused."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import augment_flags, contents, cut_off, processes, train_flags
+from PIL import Image
+
+import data
+import ddpm
+
+NAMES = ["airplane", "automobile", "bird"]
+
+
+def test_a_set_is_balanced_and_says_how_it_was_made(trained, synthetic):
+    images, labels, names = data.load(synthetic)
+    assert images.shape == (21, 8, 8, 3) and images.dtype == np.uint8 and names == NAMES
+    assert np.bincount(labels).tolist() == [7, 7, 7] and labels[:6].tolist() == [0, 1, 2, 0, 1, 2]
+    assert len(contents(synthetic)) == 2 * 4 and len(np.unique(images, axis=0)) == 21
+    manifest = data.read_json(f"{synthetic}/manifest.json")
+    expected = dict(w=1.0, interval=[0.25, 4.0], sampler="dpm++", steps=3, seed=0, per_class=7, classes=NAMES)
+    assert expected.items() <= manifest["settings"].items() and manifest["complete"] and manifest["step"] == 6
+    assert manifest["trained_on"]["val_fraction"] == 0.1
+    assert Image.open(f"{synthetic}/preview.png").height == 3 * 18 + 2  # a row for each class
+    model, _ = ddpm.load_model(f"{trained}/ckpt.pt")
+    how = dict(sampler="dpm++", steps=3, interval=(0.25, 4.0))
+    y, indices = torch.arange(3), [18, 19, 20]  # the last three: image k has noise k of the seed
+    guided, unguided = (ddpm.to_uint8(model.sample(y, w, 0, indices, **how)).numpy() for w in (1.0, 0.0))
+    assert not np.array_equal(guided, unguided) and np.abs(images[18:].astype(int) - guided).max() <= 1
+
+
+def test_images_do_not_depend_on_the_batch_size(trained, synthetic, tmp_path, run):
+    """Up to the rounding of sums: no pixel by more than a grey level, and hardly any by that."""
+    images = data.load(synthetic)[0].astype(int)
+    for n in (1, 7, 64):
+        run("augment", *augment_flags(trained, tmp_path / str(n), batch_size=n, shard_size=99))
+        difference = np.abs(data.load(f"{tmp_path}/{n}")[0] - images)
+        assert difference.max() <= 1 and difference.mean() < 1e-3
+
+
+def test_a_set_continues_and_grows_to_the_same_bytes(trained, synthetic, tmp_path, run):
+    def augment(**changes):
+        return run("augment", *augment_flags(trained, tmp_path, **changes))
+
+    augment(per_class=3)
+    assert "3 of 4 shards" in augment()  # the first was whole, the second was cut short
+    assert contents(tmp_path) == contents(synthetic)
+    for name in ("labels_00002.npy", "images_00003.npy"):
+        os.remove(tmp_path / name)
+        assert "1 of 4 shards" in augment() and contents(tmp_path) == contents(synthetic)
+    assert "0 of 4 shards" in augment() and contents(tmp_path) == contents(synthetic)
+
+
+def test_two_processes_write_the_bytes_of_one(trained, synthetic, tmp_path):
+    assert all("shard " in text for text in processes(2, "augment", *augment_flags(trained, tmp_path)))
+    assert contents(tmp_path) == contents(synthetic) and data.load(str(tmp_path))[2] == NAMES
+
+
+@pytest.mark.parametrize("overwrite,cuts", ((False, 13), (True, 10)))
+def test_a_set_cut_off_before_any_write_is_never_wrong(overwrite, cuts, trained, synthetic, tmp_path, run, capfd):
+    """Run n is cut off before its n-th write or removal: what is there is right or refused, and a last run ends it."""
+    folder, how = tmp_path / "cut", dict(per_class=4, seed=5, overwrite=overwrite)
+    run("augment", *augment_flags(trained, tmp_path / "whole", **how))
+    before, after = contents(synthetic) if overwrite else {}, contents(tmp_path / "whole")
+    if overwrite:
+        shutil.copytree(synthetic, folder)
+    for n in (*range(cuts), 99):
+        status, _ = cut_off(n, capfd, "augment", *augment_flags(trained, folder, **how))
+        there = contents(folder)
+        assert all(there[name] in (before.get(name), after.get(name)) for name in there)
+        try:
+            data.load(str(folder))
+            assert there == (before if status else after)
+        except ddpm.UserError:
+            assert status
+        assert (status == 0) == (n == 99)
+
+
+def test_a_class_subset_and_models_without_labels(trained, shards, tmp_path, run):
+    run("augment", *augment_flags(trained, tmp_path / "s", classes="bird,airplane"))
+    images, labels, names = data.load(f"{tmp_path}/s")
+    assert np.bincount(labels).tolist() == [7, 0, 7] and names == NAMES
+    for classes, expected in (("", []), ("bird", ["bird"])):  # images of one class can be labelled
+        out_dir = tmp_path / f"model-{classes}"
+        run("train", *train_flags(shards, out_dir, conditional=False, max_iters=1, classes=classes))
+        run("augment", *augment_flags(out_dir, ""))
+        images, labels, names = data.load(f"{out_dir}/synthetic")
+        assert images.shape == (7, 8, 8, 3) and names == expected
+        assert labels.tolist() == [0] * 7 if classes else labels is None
+
+
+def test_other_sets_are_refused_and_kept(trained, synthetic, tmp_path, run, fails):
+    shutil.copytree(synthetic, folder := tmp_path / "s")
+    settings = dict(w=1.8, seed=1, dtype="bfloat16", steps=2, per_class=2, ema=False)
+    for key, value in settings.items():
+        line = fails("augment", *augment_flags(trained, folder, **{key: value}))
+        assert f"made with another {'weights' if key == 'ema' else key}: use --overwrite=True" in line
+    data.write_shards(f"{tmp_path}/mine", np.zeros((3, 8, 8, 3)), np.zeros(3), ["a"])
+    mine = contents(tmp_path / "mine")
+    assert "made with another w" in fails("augment", *augment_flags(trained, tmp_path / "mine"))
+    data.save_json(f"{tmp_path}/mine/manifest.json", {"complete": False})  # as an --overwrite that was cut off leaves
+    assert "made with another w" in fails("augment", *augment_flags(trained, tmp_path / "mine"))
+    assert contents(folder) == contents(synthetic) and contents(tmp_path / "mine") == mine
+    shutil.copy(folder / "images_00001.npy", folder / "images_00099.npy")
+    run("augment", *augment_flags(trained, folder))
+    with pytest.raises(ddpm.UserError, match="images_00099.npy.* not listed in manifest.json"):
+        data.load(str(folder))
+    os.remove(folder / "images_00099.npy")
+    os.truncate(folder / "images_00001.npy", 300)
+    assert "images_00001.npy is " in fails("augment", *augment_flags(trained, folder))  # damaged
+    run("augment", *augment_flags(trained, folder, w=1.8, overwrite=True))
+    assert contents(folder).keys() == contents(synthetic).keys() and contents(folder) != contents(synthetic)
