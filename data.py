@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import uuid
 
 import numpy as np
@@ -54,11 +53,11 @@ def read_json(path, kind=dict):
 
 
 def load_array(path):
-    """The array of an .npy file, memory-mapped. Raises UserError for a damaged file."""
+    """The array of an .npy file, memory-mapped. Raises UserError for a missing or damaged file."""
     try:
-        return np.load(path, mmap_mode="r")
+        return np.lib.format.open_memmap(path, mode="r")  # np.load would open archives and pickles too
     except Exception as e:  # of a damaged header: whatever Python's parser raises
-        raise UserError(f"{path} is damaged or not an .npy file ({e})") from None
+        raise UserError(f"{path} is missing, damaged or not an .npy file ({e!r:.100})") from None
 
 
 def file_hash(path):
@@ -86,7 +85,6 @@ def write_shard(folder, i, images, labels):
 
 def write_shards(folder, images, labels, class_names):
     """Writes images (N, H, W, C) and labels (N,) or None as a folder of one shard."""
-    check(len(class_names) <= 256, f"{folder}: {len(class_names)} classes, but a shard holds at most 256")
     os.makedirs(folder, exist_ok=True)
     write_shard(folder, 0, images, labels)
     save_json(f"{folder}/classes.json", list(class_names))
@@ -101,9 +99,10 @@ def shard_files(folder, kind="*"):
 def check_manifest(folder):
     """Raises UserError unless the shards are those that augment.py listed in manifest.json."""
     manifest = read_json(f"{folder}/manifest.json")
-    listed, found = manifest.get("shards", {}), set(map(os.path.basename, shard_files(folder)))
-    check(manifest.get("complete"), f"{folder} is not complete: run augment.py again with the same settings")
-    check(found <= listed.keys(), f"{folder}: {found - listed.keys()} not listed in manifest.json")
+    listed = manifest.get("complete") and manifest.get("shards")
+    check(isinstance(listed, dict), f"{folder} is not complete: run augment.py again with the same settings")
+    odd = sorted(listed.keys() ^ map(os.path.basename, shard_files(folder)))
+    check(not odd, f"{folder}: {', '.join(odd[:3])} missing, or not listed in manifest.json")
     for name, digest in listed.items():
         check(file_hash(f"{folder}/{name}") == digest, f"{folder}/{name} is not the file listed in manifest.json")
 
@@ -120,20 +119,22 @@ def read_shards(folder):
     images = list(map(load_array, paths))
     for path, part in zip(paths, images):
         ok = part.dtype == np.uint8 and part.ndim == 4 and part.shape[3] in (1, 3)
-        ok = ok and len(part) > 0 and part.shape[1:] == images[0].shape[1:]
+        ok = ok and part.size > 0 and part.shape[1:] == images[0].shape[1:]
         check(ok, f"{path}: {part.dtype} {part.shape}, expected uint8 (N, H, W, 1 or 3), alike in all shards")
     names_path = next((p for p in (f"{folder}/classes.json", f"{folder}/../classes.json") if os.path.exists(p)), None)
-    names = read_json(names_path, list) if names_path else []
+    names = list(map(str, read_json(names_path, list))) if names_path else []
     counts, images = list(map(len, images)), images[0] if len(images) == 1 else np.concatenate(images)
-    labels = list(map(load_array, shard_files(folder, "labels")))
-    if not labels:
+    if not shard_files(folder, "labels"):
         return images, None, names
-    ok = [part.shape for part in labels] == [(n,) for n in counts] and all(part.dtype.kind in "ui" for part in labels)
-    check(ok, f"{folder}: labels_*.npy must hold a whole number for each image of images_*.npy")
+    paths = [f"{folder}/labels_{os.path.basename(path)[7:]}" for path in paths]
+    labels = list(map(load_array, paths))
+    for path, part, n in zip(paths, labels, counts):
+        ok = part.dtype.kind in "ui" and part.shape == (n,)
+        check(ok, f"{path}: {part.dtype} {part.shape}, expected a whole number for each of {n} images")
     labels = np.concatenate(labels).astype(np.int64)
-    names = names or [str(k) for k in range(min(256, labels.max(initial=0) + 1))]
-    ok = labels.min(initial=0) >= 0 and labels.max(initial=0) < len(names) == len(set(names))
-    check(ok, f"{folder}: labels run from {labels.min()} to {labels.max()}, but there are {len(names)} classes")
+    names = names or [str(k) for k in range(min(256, labels.max() + 1))]
+    ok = labels.min() >= 0 and labels.max() < len(names) == len(set(names)) <= 256
+    check(ok, f"{folder}: labels {labels.min()} to {labels.max()} do not fit {len(names)} different names, at most 256")
     return images, labels, names
 
 
@@ -193,18 +194,18 @@ def decode_image(path, size):
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         elif image.mode in "IF":
-            raise ValueError(f"mode {image.mode}: convert it to 8 or 16 bits")
+            raise ValueError(f"mode {image.mode}: convert it to 8 bits")
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return np.asarray(ImageOps.fit(image, (size, size), Image.LANCZOS))
     except Exception as e:  # Pillow raises many kinds
-        raise UserError(f"{path} is not a readable image ({type(e).__name__}: {str(e)[:80]})") from None
-    return np.asarray(ImageOps.fit(image, (size, size), Image.LANCZOS))
+        raise UserError(f"{path} is not a readable image ({e!r:.100})") from None
 
 
 def image_paths(folder):
-    """The sorted paths of all images in a folder and its sub-folders, but for hidden ones."""
+    """The sorted paths of all images in a folder and its sub-folders, but for hidden ones and links to folders."""
     found = []
-    for root, folders, names in os.walk(folder):
+    for root, folders, names in os.walk(folder, onerror=lambda e: check(False, e)):
         folders[:] = [d for d in folders if not d.startswith(".")]
         found += [f"{root}/{n}" for n in names if not n.startswith(".") and n.lower().endswith(IMAGE_TYPES)]
     return sorted(found)
@@ -215,20 +216,21 @@ def fixed_order(n):
     return np.random.default_rng(0).permutation(n)
 
 
-def decode_folder(folder, size):
-    """Decodes the images of a folder, its sub-folders being the classes: (images, labels or None, names)."""
+def list_images(folder):
+    """The images of a folder, its sub-folders or links to such being the classes: ([(path, label or None)], names)."""
     folders = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-    here = os.path.realpath(folder)
+    here = os.path.join(os.path.realpath(folder), "")
     above = [name for name in folders if here.startswith(os.path.join(os.path.realpath(f"{folder}/{name}"), ""))]
-    check(not above, f"{folder}: {', '.join(above)} leads back to a folder above")
-    names = [name for name in folders if image_paths(f"{folder}/{name}")]
-    listed = [(path, k) for k, name in enumerate(names) for path in image_paths(f"{folder}/{name}")]
-    beside = [(path, None) for path in image_paths(folder) if os.path.dirname(path) == folder]
-    check(listed or beside, f"no images ({' '.join(IMAGE_TYPES)}) in {folder} or its sub-folders, and no images_*.npy")
-    if names and (beside or len(folders) > len(names)):
-        print(f"{folder}: the classes are {', '.join(names)}; other images and folders are not used", file=sys.stderr)
-    images = np.stack([decode_image(path, size) for path, _ in listed or beside])
-    return images, np.array([k for _, k in listed]) if names else None, names
+    check(not above, f"{folder}/{', '.join(above)} leads back to this folder, or to one above")
+    found = {name: image_paths(f"{folder}/{name}") for name in folders}
+    names = [name for name in folders if found[name]]
+    check(len(names) <= 256, f"{folder} has {len(names)} classes, but a shard holds at most 256")
+    listed = [(path, k) for k, name in enumerate(names) for path in found[name]]
+    listed = listed or [(path, None) for path in image_paths(folder)]
+    check(listed, f"no images ({' '.join(IMAGE_TYPES)}) in {folder} or its sub-folders, and no images_*.npy")
+    for path, _ in listed:
+        check(os.path.isfile(path), f"{path} is not a readable image (no file, or a link to none)")
+    return listed, names
 
 
 def download(dataset, data_dir, split, size):
@@ -241,7 +243,7 @@ def download(dataset, data_dir, split, size):
         source = getattr(torchvision.datasets, kind)(data_dir, download=True, **which)
     except Exception as e:  # torchvision raises whatever its transport does
         raise UserError(
-            f"{dataset} is not in {data_dir} and its download failed ({type(e).__name__}: {str(e)[:80]}). "
+            f"{dataset} is not in {data_dir} and its download failed ({e!r:.100}). "
             f"By hand: put {by_hand} in {data_dir}. Without a download: `python train.py config/shapes.py`"
         ) from None
     if dataset == "flowers102":  # jpg files, sorted by class
@@ -281,7 +283,6 @@ def load(dataset, split="train", data_dir="data", image_size=0, classes=""):
     A data set without a test split gives (None, None, []) for it.
     Raises UserError if the data cannot be found, downloaded or read, or a class is unknown.
     """
-    users = dataset not in TORCHVISION and dataset != "shapes"
     if dataset == "shapes":
         n, seed = (50000, 0) if split == "train" else (10000, 1)
         folder = cached(f"{data_dir}/shapes/{split}", lambda: make_shapes(n, seed))
@@ -293,16 +294,15 @@ def load(dataset, split="train", data_dir="data", image_size=0, classes=""):
         near = difflib.get_close_matches(dataset, [*TORCHVISION, "shapes"], n=1)
         also = f"did you mean {near[0]!r}?" if near else f"use {', '.join(TORCHVISION)}, shapes or a folder"
         check(os.path.isdir(dataset), f"dataset {dataset!r} is neither a data set nor a folder: {also}")
-        folder = user_folder(dataset, split, data_dir, image_size or 64)
+        folder = user_folder(os.path.abspath(dataset), split, data_dir, image_size or 64)
         if folder is None:
             return None, None, []
     images, labels, names = read_shards(folder)
-    if users and not os.path.exists(f"{folder}/manifest.json"):  # augment.py's images are in turn by class already
-        order = fixed_order(len(images))
+    if dataset not in (*TORCHVISION, "shapes") and not os.path.exists(f"{folder}/manifest.json"):
+        order = fixed_order(len(images))  # augment.py's images are in turn by class already
         images, labels = images[order], None if labels is None else labels[order]
     H, W = images.shape[1:3]
-    right = H == W and image_size in (0, H)
-    check(right, f"{folder}: images are {H}x{W}, expected squares of {image_size or 'any size'}")
+    check(H == W and image_size in (0, H), f"{folder}: images {H}x{W}, expected squares of {image_size or 'any size'}")
     return select(images, labels, names, classes)
 
 
@@ -310,15 +310,19 @@ def user_folder(dataset, split, data_dir, size):
     """The shard folder of a user's folder of shards or images, or None if it has no such split."""
     splits = {e.name.lower(): e.path for e in os.scandir(dataset) if e.is_dir()}
     check("train" in splits or "test" not in splits, f"{dataset} has test/, so the other images belong in train/")
-    if "train" not in splits and split == "test" or split not in splits and "train" in splits:
-        return None
-    source = splits[split] if "train" in splits else dataset
-    if shard_files(source, "images"):
+    source = dataset if split == "train" and "train" not in splits else splits.get(split)
+    if not source or shard_files(source, "images") or os.path.exists(f"{source}/manifest.json"):
         return source
-    listing = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in image_paths(source)]
-    key = hashlib.sha256(repr((os.path.abspath(source), size, listing)).encode()).hexdigest()[:12]
-    name = f"{os.path.basename(os.path.abspath(source))}-{size}-{key}"
-    return cached(f"{data_dir}/{name}", lambda: decode_folder(source, size))
+    listed, names = list_images(source)
+    state = [(path, os.path.getsize(path), os.path.getmtime(path)) for path, _ in listed]
+    key = hashlib.sha256(repr((size, state)).encode()).hexdigest()[:12]
+
+    def decode():
+        print(f"decoding {len(listed)} images of the classes {', '.join(names) or '(none)'}; other files are not used")
+        images = np.stack([decode_image(path, size) for path, _ in listed])
+        return images, np.array([k for _, k in listed]) if names else None, names
+
+    return cached(f"{data_dir}/{os.path.basename(source)}-{size}-{key}", decode)
 
 
 def load_splits(dataset, data_dir="data", image_size=0, classes=""):
@@ -328,7 +332,6 @@ def load_splits(dataset, data_dir="data", image_size=0, classes=""):
     """
     *train, names = load(dataset, "train", data_dir, image_size, classes)
     *test, test_names = load(dataset, "test", data_dir, image_size, classes)
-    check(train[0] is not None, f"{dataset} has no training split")
     if test[0] is not None:
         ok = names == test_names and (train[1] is None) == (test[1] is None)
         check(ok, f"{dataset}: train and test have different classes, {names} and {test_names}: use --classes")
@@ -356,13 +359,13 @@ def class_ids(classes, names, unique=False):
 
     unique: also for a repeated one.
     """
-    ids, names = [], list(names)
+    known = {str(k): k for k in range(len(names))} | {name: k for k, name in enumerate(names)}
+    ids = []
     for name in [c.strip() for c in classes.split(",")] if isinstance(classes, str) else classes:
-        number = int(name) if name.isdecimal() and name not in names else -1
         near = difflib.get_close_matches(name, names, n=1)
         also = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names) or 'no classes'}"
-        check(name in names or 0 <= number < len(names), f"classes: unknown class {name!r}: {also}")
-        ids.append(names.index(name) if name in names else number)
+        check(name in known, f"classes: unknown class {name!r}: {also}")
+        ids.append(known[name])
     check(not unique or len(set(ids)) == len(ids), f"classes={classes} names a class twice")
     return ids
 
@@ -376,6 +379,7 @@ def select(images, labels, names, classes):
     new = np.full(len(names), -1, dtype=np.int64)
     new[ids] = np.arange(len(ids))
     kept = np.flatnonzero(new[labels] >= 0)
+    check(len(kept), f"classes={classes}: there are no images of these classes")
     return images[kept], new[labels[kept]], [names[k] for k in ids]
 
 
@@ -416,7 +420,7 @@ class Batches:
 
     def __init__(self, images, labels, batch_size, seed, hflip=True, crop=1.0, shift=0, device="cpu"):
         check(0 < crop <= 1, f"crop: {crop} must be above 0 and at most 1")
-        self.images = torch.tensor(np.asarray(images)).to(device)
+        self.images = torch.tensor(np.ascontiguousarray(images)).to(device)
         self.labels = None if labels is None else torch.from_numpy(labels).to(device)
         self.batch_size, self.seed, self.hflip, self.crop = batch_size, seed, hflip, crop
         self.shift, self.device, self.epoch, self.order = shift, device, None, None
