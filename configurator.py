@@ -3,10 +3,11 @@
     python train.py config/shapes.py --batch_size=32 --ch_mult=1,2,2
 
 Config files come first, in order, then flags. A config file is Python and is executed: run only those that you would
-run as a script.
+run as a script. Names in it that begin with _ are no settings.
 """
 
 import ast
+import contextlib
 import difflib
 import os
 import re
@@ -19,8 +20,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # Numbers are from 0 (-2**32 where the default is None: w, guidance_scale) to 2**32 - 1. These are not 0:
 POSITIVE = set("batch_size grad_accum max_iters log_interval eval_interval eval_images lr shard_size per_class".split())
 POSITIVE |= set("seeds rounds z_dim".split())
-# and these are below 1:
+# these are below 1, and these, which take memory, below 2**20:
 SHARES = set("val_fraction dropout ema_decay label_smoothing beta1".split())
+SIZES = set("batch_size shard_size per_class num_samples hidden image_size z_dim".split())
 
 
 def settings_in(script):
@@ -34,15 +36,15 @@ def settings_in(script):
 def convert(value, kind):
     """The value, or its text, as a bool, int, float, str or tuple. 1 is a float too, 1e5 an int, [1, 2] a tuple."""
     if kind is str:
-        return os.path.expanduser(str(value) if type(value) is bool else value)  # use_compile = True
-    if type(value) is str:
+        value = os.path.expanduser(str(value) if type(value) is bool else value)  # use_compile = True
+    elif type(value) is str:
         value = ast.literal_eval(value.capitalize() if kind is bool else value or "()")
     if kind is tuple and type(value) in (int, float):
         value = (value,)
     whole = kind is int and type(value) is float and value % 1 == 0
     if whole or (kind, type(value)) in ((float, int), (tuple, list)):
         value = kind(value)
-    if type(value) is not kind:
+    if type(value) is not kind or (kind is str and "\0" in value):
         raise TypeError
     return value
 
@@ -57,12 +59,13 @@ def run_config(path):
         raise UserError(f"config file {path}: {type(e).__name__}: {e}") from None
 
 
-def check_number(key, value, optional):
+def check_number(where, key, value, optional):
     """Raises UserError for a number out of the range of its key, or a tuple of them."""
+    low, high = -(2**32) if optional else 0, 1 if key in SHARES else 2**20 if key in SIZES else 2**32
     for number in value if type(value) is tuple else (value,):
-        low, high = -(2**32) if optional else 0, 1 if key in SHARES else 2**32
         inside = type(number) in (int, float) and low <= number < high  # NaN is not
-        check(inside and (number > 0 or key not in POSITIVE), f"{key}: {value} is out of range")
+        inside = inside and (number > 0 or key not in POSITIVE)
+        check(inside, f"{where}: {key} must be {'above' if key in POSITIVE else 'at least'} {low} and below {high}")
 
 
 def configure(namespace, also=None):
@@ -73,6 +76,8 @@ def configure(namespace, also=None):
     value out of range.
     """
     sys.excepthook = print_user_error
+    with contextlib.suppress(AttributeError):  # stdout is closed
+        sys.stdout.reconfigure(errors="replace")  # names that its encoding lacks
     block, given = settings_in(namespace["__file__"]), {}
     block = (settings_in(os.path.join(HERE, also)) if also else {}) | block
     if {"--help", "-h"} & set(sys.argv[1:]):
@@ -81,33 +86,33 @@ def configure(namespace, also=None):
         raise SystemExit(0)
     for arg in sys.argv[1:]:
         key, equals, text = arg.lstrip("-").partition("=")
-        key = key.replace("-", "_")
         check(not arg.startswith("-") or (arg.startswith("--") and equals), f"{arg!r}: write it as --{key}=value")
-        found, where = ({key: text}, "flag") if arg.startswith("-") else (run_config(arg), arg)
+        found = {key.replace("-", "_"): text} if arg.startswith("-") else run_config(arg)
         for key, value in found.items():
             near = difflib.get_close_matches(key, block, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"
-            check(key in block, f"{where}: unknown key {key!r}: {hint}")
+            check(key in block, f"{arg}: unknown key {key!r}: {hint}")
             default = block[key][0]
+            kind = float if default is None else type(default)
             try:
-                given[key] = convert(value, float if default is None else type(default))
+                none = default is None and value in (None, "None")
+                given[key] = None if none else convert(value, kind)
             except Exception:  # whatever literal_eval or int() raises
-                raise UserError(f"{where}: {key}={value!r} is not of the type of its default {default!r}") from None
+                raise UserError(f"{arg}: {key} is not of type {kind.__name__} (default {default!r})") from None
+            if type(given[key]) in (int, float, tuple):
+                check_number(arg, key, given[key], optional=default is None)
     config = {key: default for key, (default, _) in block.items()} | given
-    for key, value in config.items():
-        if type(value) in (int, float, tuple):
-            check_number(key, value, optional=block[key][0] is None)
     namespace.update(config)
     return config, given
 
 
 def print_user_error(kind, error, trace):
     """The excepthook of the scripts: one line and exit status 2 for an error that the user can fix."""
-    if issubclass(kind, MemoryError) or kind.__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+    if issubclass(kind, MemoryError) or kind.__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
         error = "out of memory: lower batch_size (in training, raise grad_accum to keep the batch)"
     elif kind is KeyboardInterrupt:
         error = "interrupted"
     elif not issubclass(kind, (UserError, OSError)):
         return sys.__excepthook__(kind, error, trace)
-    print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+    print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).splitlines())}", file=sys.stderr)
     raise SystemExit(2)

@@ -34,7 +34,7 @@ def setup_device(device="auto", dtype="auto", use_compile="auto"):
     check(kind == "cuda" or not colon, f"device: {device} has a number, which only GPUs of CUDA have")
     if kind == "cuda":
         index, count = index or os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
-        check(index.isdecimal() and int(index) < count, f"device: cuda:{index} is not there (GPUs: {count})")
+        check(index in map(str, range(count)), f"device: cuda:{index} is not there (GPUs: {count})")
         device = f"cuda:{index}"
         torch.cuda.set_device(device)  # for all calls that name no GPU
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -63,18 +63,20 @@ def keep_freed_memory():
 def join_processes(device):
     """(rank, world) of this process under torchrun, after it has joined the others; (0, 1) without torchrun.
 
-    It waits for the others for days: while rank 0 decodes a data set, or makes more shards than they.
+    It gives them five minutes to start, then waits for days: rank 0 decodes a data set, or makes more shards than they.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1
     nccl = device.startswith("cuda") and dist.is_nccl_available()  # it is not on Windows
-    gpu = torch.device(device) if nccl else None
+    how = dict(timeout=datetime.timedelta(days=20), device_id=torch.device(device) if nccl else None)
     try:
-        dist.init_process_group("nccl" if nccl else "gloo", timeout=datetime.timedelta(days=20), device_id=gpu)
+        store, rank, world = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=5)))
+        store.set_timeout(how["timeout"])
+        dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=rank, world_size=world, **how)
     except (RuntimeError, ValueError) as e:
         raise UserError(f"the processes do not reach each other: {str(e).splitlines()[0]}") from None
     sys.excepthook = print_user_error  # init_process_group puts one before it that hides what it prints
-    return dist.get_rank(), dist.get_world_size()
+    return rank, world
 
 
 def leave_processes():
@@ -105,7 +107,7 @@ def catch_signals():
 def lock_folder(folder):
     """Makes a folder and locks it until this process ends. Raises UserError if another process has locked it."""
     os.makedirs(folder, exist_ok=True)
-    with contextlib.suppress(ImportError):  # Windows
+    with contextlib.suppress(ImportError, OSError):  # Windows, a file system without locks
         import fcntl
 
         try:
@@ -129,10 +131,10 @@ def atomic_write(path):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:
         cause = e if isinstance(e, OSError) else e.__context__  # torch.save hides it
-        check(not isinstance(cause, OSError), f"cannot write {path}: {getattr(cause, 'strerror', '')}")
+        check(not isinstance(cause, OSError), f"cannot write {path}: {getattr(cause, 'strerror', '') or cause}")
         raise
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # it was renamed, or never there
             os.remove(temporary)
 
 
