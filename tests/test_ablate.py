@@ -1,0 +1,115 @@
+"""ablate.py: the commands of a study, its table, and a study that is killed."""
+
+import os
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import HERE, TIMEOUT, environment, path_of
+
+import data
+from configurator import settings_in
+
+STUDIES = "schedules linear_cosine weighting objective timesteps sizes ema_guidance conditional gan mistuned".split()
+
+
+def planned(run, *words):
+    """The commands of a study: (title and seed, script, {key: text}) of each."""
+    lines = run("ablate", *words, "--dry_run=True").splitlines()[1:]
+    parts = [re.fullmatch(r"(.*, seed \d+): python (?:-m lab\.)?(\w+)(?:\.py)? (.*)", line).groups() for line in lines]
+    return [(cell, script, dict(re.findall(r"--(\w+)=(.*)", "\n".join(shlex.split(s))))) for cell, script, s in parts]
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_dry_run_lists_every_command_with_settings_that_exist(study, run):
+    commands = planned(run, study, "--seeds=2")
+    sizes = dict(schedules=12, gan=8, mistuned=9, sizes=5, ema_guidance=4, timesteps=4, linear_cosine=2)
+    cells = {cell for cell, _, _ in commands}
+    assert len(cells) == 2 * sizes.get(study, 3)
+    for cell in cells:
+        scripts = [script for name, script, _ in commands if name == cell]
+        assert scripts in [[*how, *["evaluate"] * (1 + (study == "gan"))] for how in (["train", "augment"], ["gan"])]
+    for _, script, settings in commands:
+        assert settings.keys() <= settings_in(path_of(script)).keys()
+        assert script not in ("train", "gan") or int(settings["max_iters"]) > 0
+
+
+def test_seeds_differ_and_models_are_shared(run):
+    def models(*words):
+        return {(cell, s["seed"], s["out_dir"]) for cell, script, s in planned(run, *words) if script == "train"}
+
+    folders = [{folder for _, seed, folder in models("ema_guidance", "--seeds=2") if seed == k} for k in "01"]
+    assert len(folders[0]) == len(folders[1]) == 1 and folders[0] != folders[1]
+    other = {cell: folder for cell, _, folder in models("linear_cosine")}
+    assert folders[0] == {other["cosine, seed 0"]} != {other["linear, seed 0"]}  # the recipe's own cell, in any study
+    assert folders[0].isdisjoint(folder for _, _, folder in models("ema_guidance", "--max_iters=9"))
+
+
+def test_a_cells_settings_reach_the_script_that_has_them(run):
+    by = {(cell, script): settings for cell, script, settings in planned(run, "mistuned", "--max_iters=9", "--n=55")}
+    assert by["one step, seed 0", "augment"]["steps"] == "1" and "steps" not in by["one step, seed 0", "train"]
+    guided = by["guidance w = 12 at every step, seed 0", "augment"]
+    assert (guided["w"], guided["interval"], guided["per_class"]) == ("12.0", "", "6")
+    assert by["lr 10 times too large, seed 0", "train"]["lr"] == "0.02"
+    assert {s["max_iters"] for (_, script), s in by.items() if script == "train"} == {"9"}
+    by = {(cell, script): settings for cell, script, settings in planned(run, "conditional")}
+    cats, both = (by[f"cats, trained on {data}, seed 0", "evaluate"] for data in ("cats", "both"))
+    assert cats["classes"] == both["classes"] == "cat" and cats["samples"] != both["samples"]
+
+
+def test_the_table(tmp_path):
+    scores = dict(fd=None, precision=0.5, recall=0.25, images=640, val_loss=0.1, n=100, machine="here")
+    real, few = dict(n=100, kd=-0.001), dict(n=50, kd=-0.002)
+    runs = [scores | dict(title="a", seed=k, kd=0.01 * (k + 1), real=real, classes="cat") for k in range(2)]
+    runs.append(scores | dict(title="b", seed=0, kd=0.01, real=real, classes="cat,frog"))
+    runs.append(scores | dict(title="c", seed=0, kd=0.01, real=few, classes="frog", machine="there"))
+    content = dict(study=dict(config="config/shapes.py", loss=True), command="a command", runs=runs)
+    text = runpy.run_path(path_of("ablate"))["table"]("mistuned", content)
+    assert text.startswith("`a command`, config/shapes.py; here; there.\n")
+    assert "| a | 2 | 100 | 640 |  | 15.00 ± 5.00 | 0.500 ± 0.000 | 0.250 ± 0.000 | 0.1000 ± 0.0000 |" in text
+    assert all(f"| real images {classes} |  | 100 |  |  | -1.00 |" in text for classes in ("cat", "cat,frog"))
+    assert "-2.00" not in text  # nor real images that are fewer than n
+
+
+def start(shards, root, *flags):
+    """ablate.py with a study of two tiny cells, as a process group."""
+    small = dict(ch=8, num_res_blocks=1, timesteps=20, beta_end=0.6, eval_interval=5, ch_mult=(1, 2))
+    (root / "tiny.py").write_text("".join(f"{key} = {value!r}\n" for key, value in small.items()))
+    cells = {"cosine": dict(schedule="cosine", steps=3), "DCGAN": dict(script="gan")}
+    base = dict(dataset=f"{shards}/shapes", max_iters=20, batch_size=4, log_interval=1)
+    study = dict(config=f"{root}/tiny.py", base=base, n=(20,), cells=cells)
+    code = f"import ablate; ablate.STUDIES['tiny'] = {study}; ablate.main()"
+    env = environment(PYTHONPATH=os.pathsep.join([os.path.dirname(path_of("ablate")), HERE]))
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen([sys.executable, "-c", code, "tiny", "--device=cpu", *flags], cwd=root, env=env, **pipes)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_gives_the_same_results(shards, tmp_path):
+    found, kills = {}, [("train-*/log.txt", 8), ("tiny.json", 1), ("gan-*/log.txt", 5)]  # after so many lines
+    for way in ("whole", "killed"):
+        (root := tmp_path / way).mkdir()
+        for path, n in kills if way == "killed" else ():
+            process = start(shards, root)
+            while sum(p.read_text().count("\n") for p in root.glob(f"out-ablate/{path}")) < n:
+                assert process.poll() is None, process.communicate()[0]
+                time.sleep(0.01)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        process = start(shards, root)
+        text = process.communicate(timeout=TIMEOUT)[0]
+        assert process.returncode == 0, text
+        found[way] = [r | dict(machine="") for r in data.read_json(f"{root}/out-ablate/tiny.json")["runs"]]
+        assert (root / "out-ablate" / "tiny.md").read_text().count("\n| ") == 5  # title, rule, cells, real images
+    assert found["whole"] == found["killed"] and [r["title"] for r in found["whole"]] == ["cosine", "DCGAN"]
+    failing = "--results_dir=b --max_iters=7 --device=cpu:x"
+    for flags, said in ("", "wrote"), ("--n=21", "was made with other settings"), (failing, "failed: see out-ablate/"):
+        process = start(shards, root, *flags.split())
+        text = process.communicate(timeout=TIMEOUT)[0]
+        assert process.returncode == (0 if said == "wrote" else 2) and said in text.splitlines()[-1], text
+        assert len(text.splitlines()) == 2  # nothing is made again
