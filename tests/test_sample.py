@@ -9,9 +9,7 @@ TILE = 18  # an 8x8 image at twice its size, and a margin
 
 
 @pytest.fixture
-def sample(trained, run):
-    """sample(name, key=value, …): an image that sample.py writes, as whole numbers, and what it prints."""
-
+def sample(trained, run):  # sample(name, key=value, …): an image that sample.py writes, and what it prints
     def sample(name, **changes):
         text = run("sample", *flags(out_dir=trained, device="cpu", **dict(steps=4) | changes))
         return np.asarray(Image.open(f"{trained}/{name}.png").convert("RGB")).astype(int), text
@@ -24,8 +22,8 @@ def test_an_image_depends_on_its_seed_and_not_on_the_batch_size(sample):
     assert "w=1.8 (guidance_scale=2.8), dpm++, 4 steps, seed 17" in text and default.shape[0] == 3 * TILE + 2
     for n in (1, 7, 64):
         assert np.abs(sample("sample", batch_size=n, guidance_scale=2.8)[0] - default).max() <= 1
-    for other, changes in (("sample", dict(seed=18)), ("sample", dict(w=0)), ("noise", {})):
-        assert np.abs(sample(other, **changes)[0] - default).max() > 10
+    for name, changes in (("sample", dict(seed=18)), ("sample", dict(w=0)), ("noise", {})):
+        assert np.abs(sample(name, **changes)[0] - default).max() > 10
 
 
 def test_rows_of_classes_and_a_gif(sample, trained):

@@ -69,14 +69,12 @@ def test_a_signal_saves_the_step_and_the_run_continues(during, shards, trained, 
         return function(*args)
 
     monkeypatch.setattr(owner, name, interrupted)
-    text = run("train", *train_flags(shards, tmp_path, eval_interval=4, sample_interval=2))
-    step = 1 if during == "a step" else 3  # the grid of step 2 is finished, and one step more
+    text = run("train", *train_flags(shards, tmp_path, sample_interval=1))
+    step = 1 if during == "a step" else 2  # the grid of step 1 is finished, and one step more
     assert f"stopped at step {step} of 6: " in text and checkpoint(tmp_path)["step"] == step
-    text = run("train", *resume(tmp_path, eval_interval=2))
-    assert f"steps {step} to 6" in text
+    assert f"steps {step} to 6" in run("train", *resume(tmp_path))
     a, b = checkpoint(trained), checkpoint(tmp_path)
-    assert all(same(a[key], b[key]) for key in ("model", "ema", "optimizer", "step"))
-    assert a["history"]["log_loss"] == b["history"]["log_loss"]
+    assert all(same(a[key], b[key]) for key in KEYS)
 
 
 def test_a_resumed_run_may_change_to_float16_and_keeps_its_loss_scale(trained, tmp_path, run):
@@ -148,6 +146,18 @@ def test_learning_rate_log_and_number_of_steps(shards, tmp_path, run):
     weights = [1, 3, 4]  # steps that each logged loss is the mean of
     assert log["train_loss"] == pytest.approx([np.average(log["log_loss"][:3], weights=weights), log["log_loss"][3]])
     assert len(log["val_loss"]) == len(log["val_quarters"]) == 2 and len(log["val_quarters"][0]) == 4
+
+
+def test_the_validation_loss_is_that_of_the_averaged_weights(shards, trained):
+    """In eval mode, with the same t and noise every time; by quarter of t."""
+    model, saved = ddpm.load_model(f"{trained}/ckpt.pt")
+    (images, labels), *_ = data.load_splits(f"{shards}/tiny")
+    t, eps = model.random_t_eps(6, ddpm.make_generator(0, 2**32 - 1))
+    with torch.no_grad():
+        losses = model(ddpm.to_float(torch.tensor(images[54:])), torch.tensor(labels[54:]), t, eps)
+    quarters = [losses[t // 5 == q].mean().item() for q in range(4)]
+    assert saved["history"]["val_loss"][-1] == pytest.approx(losses.mean().item())
+    assert saved["history"]["val_quarters"][-1] == pytest.approx(quarters, nan_ok=True)
 
 
 def test_epochs_give_the_length(shards, tmp_path, run):
