@@ -184,8 +184,8 @@ def evaluate(images, labels):
     sums, generator = torch.zeros(4, 2, device=device), ddpm.make_generator(seed, 2**32 - 1)  # sum and count by quarter
     size = min(batch_size, 250)
     for i, start in enumerate(range(0, len(images), size)):
-        part = slice(start, start + size)
-        t, eps = model.random_t_eps(len(images[part]), generator)
+        part = slice(start, min(start + size, len(images)))  # the labels may be more
+        t, eps = model.random_t_eps(part.stop - start, generator)
         if i % world == rank:
             x0, t, eps = ddpm.to_float(torch.tensor(images[part]).to(device)), t.to(device), eps.to(device)
             y = None if labels is None else torch.from_numpy(labels[part]).to(device)

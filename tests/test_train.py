@@ -170,7 +170,7 @@ def test_epochs_give_the_length(shards, tmp_path, run):
 
 @pytest.mark.parametrize("name", sorted(n for n in os.listdir(f"{HERE}/config") if n.endswith(".py")))
 def test_every_config_runs(name, shards, tmp_path, run):
-    small = dict(max_iters=1, batch_size=4, ch=8, timesteps=20, beta_end=0.6, eval_images=4, val_fraction=0.5)
+    small = dict(max_iters=1, batch_size=4, ch=8, timesteps=20, beta_end=0.6, eval_images=6, val_fraction=0.5)
     small |= dict(out_dir=tmp_path / "out", data_dir=shards, sample_interval=0, device="cpu")
     small |= dict(dataset=f"{shards}/cifar10") if name == "folder.py" else {}
     run("train", f"config/{name}", *flags(**small))
