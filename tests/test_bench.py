@@ -1,0 +1,79 @@
+"""bench.py: what it prints, not how fast anything is."""
+
+import re
+import sys
+
+import pytest
+import torch
+from conftest import flags
+
+SMALL = dict(device="cpu", batch_size=2, rounds=1, steps=2, num_samples=10, timesteps=15, image_size=8)
+SMALL |= dict(beta_end=0.6, ch_mult="1,2")
+TINY = dict(ch=8, attn_resolutions="", dtype="float32")
+
+
+def rows_of(text):
+    """What was measured, and the side, of each row. All numbers in it are positive."""
+    found = re.findall(r"^(.+?) +(\w+) +([\d.]+) images/s +([\d.]+) ms", text, re.M)
+    assert all(float(speed) > 0 and float(ms) > 0 for _, _, speed, ms in found)
+    return [(title, side) for title, side, _, _ in found]
+
+
+def test_prints_all_parts(run):
+    text = run("bench", "config/shapes.py", *flags(**SMALL, **TINY))
+    sampled = [f"{sampler}, 2 steps, w={w}" for sampler in ("ddpm", "ddim", "dpm++") for w in ("0", "0.3")]
+    assert rows_of(text) == [(title, "nanoDDPM") for title in ("training step, batch 2", *sampled)]
+    machine, how = text.splitlines()[:2]
+    assert machine.endswith(f"1 threads, torch {torch.__version__}") and how.startswith("cpu, torch.float32, eager")
+
+
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+def test_scales_the_loss_of_float16_alone(dtype, run, monkeypatch):
+    steps = []
+    unscale = torch.amp.GradScaler.unscale_
+    monkeypatch.setattr(torch.amp.GradScaler, "unscale_", lambda s, o: (steps.append(s.is_enabled()), unscale(s, o)))
+    run("bench", "config/shapes.py", *flags(**SMALL | TINY | dict(dtype=dtype, what="train")))
+    assert steps == [dtype == "float16"] * 2  # a step to warm up, and one
+
+
+def test_takes_any_recipe_of_train_py(run):
+    for recipe in (dict(dataset="fashion_mnist"), dict(arch="cnn"), dict(patch=2, objective="x0", weighting="min_snr")):
+        assert len(rows_of(run("bench", *flags(**SMALL, **TINY, **recipe, samplers="ddim", num_res_blocks=1)))) == 3
+
+
+@pytest.mark.parametrize(
+    "wrong,said",
+    (
+        (dict(what="speed"), "what: 'speed' is not one of train, sample"),
+        (dict(peer="jax"), "peer: 'jax' is not one of"),
+        (dict(samplers="ddim,euler"), "samplers: 'euler' is not one of ddpm, ddim, dpm++"),
+        (dict(num_samples=0), "steps and num_samples must be above 0"),
+        (dict(steps=16), "steps: 16 must be between 1 and 15"),
+        (dict(peer="diffusers"), "needs `pip install '.[bench]'`"),
+        (dict(peer="lucidrains"), "needs `pip install '.[bench]'`"),
+    ),
+)
+def test_user_errors(wrong, said, fails, monkeypatch):
+    for module in ("diffusers", "denoising_diffusion_pytorch.classifier_free_guidance"):
+        monkeypatch.setitem(sys.modules, module, None)  # not installed
+    assert said in fails("bench", *flags(**SMALL | TINY | wrong, num_res_blocks=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patch", (1, 2))
+def test_diffusers_has_the_same_layout(patch, run):
+    pytest.importorskip("diffusers")
+    recipe = dict(ch=128, patch=patch, num_res_blocks=1, attn_resolutions=4, samplers="ddim", peer="diffusers")
+    text = run("bench", *flags(**SMALL, **recipe))
+    ours, theirs = re.search(r"nanoDDPM (\S+)M, diffusers ([\d.]+)M", text).groups()
+    assert ours == theirs and text.count("x our time") == 3
+
+
+@pytest.mark.slow
+def test_lucidrains_is_timed_where_it_can_do_the_same(run):
+    pytest.importorskip("denoising_diffusion_pytorch")
+    text = run("bench", *flags(**SMALL, **TINY, peer="lucidrains"))
+    assert [row for row in rows_of(text) if row[1] == "lucidrains"] == [
+        ("training step, batch 2", "lucidrains"),
+        ("ddim, 2 steps, w=0.3", "lucidrains"),
+    ]
