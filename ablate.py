@@ -41,8 +41,8 @@ dry_run = False
 # A study: config, base (settings of all cells), cells ({title: settings}), n (numbers of images to score), and loss if
 #   validation losses can be compared. Settings are keys of train.py (or of another `script`) and, if train.py does not
 #   have them, of augment.py; and score: sample and score only these classes.
-# max_iters: the steps of the committed results. In `sizes`, `conditional`, `gan` and `mistuned` they are what one core
-#   did in equal minutes (10, 10, 10 and 2), measured once.
+# max_iters: the steps of the committed results. In `sizes` and `gan` they are what one core did in equal minutes (10),
+#   measured once; elsewhere all cells take equally many.
 
 CIFAR = dict(config="config/cifar_small.py", base=dict(max_iters=3000), n=(2000,))
 CATS = dict(config="config/cats_frogs.py", n=(1000,))
