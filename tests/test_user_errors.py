@@ -27,7 +27,7 @@ OUTSIDE = {
         interval=1,2,3 eta=1 classes=bird,bird""",
     "classifier": """seeds=0 seeds=21 hidden=0 hidden=0.5 hidden=1048576 dropout=1 shift=-1 optimizer=lion arms=fake
         max_iters=0 eval_interval=0 lr=0 val_fraction=0 val_fraction=0.01 seed=-1 n_synthetic=22 classes=birb""",
-    "gan": "ch=0 ch=4097 beta1=1 label_smoothing=1 z_dim=0 z_dim=1048576 input_noise=-1 per_class=0 lr=0 device=cuda:99",
+    "gan": "ch=0 ch=4097 beta1=1 label_smoothing=1 z_dim=0 z_dim=1048576 input_noise=-1 per_class=0 device=cuda:99",
     "evaluate": "n=-1 resize=31 resize=1025 features=vgg split=val image_size=1048576 seed=-1 device=cpu:x dtype=int8",
     "ablate": "seeds=0 max_iters=-1 n=-1 seed=4294967296 minutes=1",
 }
