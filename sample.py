@@ -80,9 +80,8 @@ def sample(changes, title, frames=None):
             frames.setdefault(i, []).append(to_uint8(xt).cpu())
 
     y = torch.tensor(labels) if model.K else None
-    print(
-        f"{title}: w={s['w']:g} (guidance_scale={1 + s['w']:g}), {s['sampler']}, {s['steps']} steps, seed {s['seed']}"
-    )
+    guidance = f"w={s['w']:g} (guidance_scale={1 + s['w']:g})"
+    print(f"{title}: {guidance}, {s['sampler']}, {s['steps']} steps, seed {s['seed']}", flush=True)
     batches = model.sample_batches(y, range(len(labels)), batch_size, interval=interval, on_step=on_step, **s)
     return torch.cat(list(batches))
 

@@ -93,9 +93,8 @@ check(resume or not os.path.exists(checkpoint_path), earlier)
 # 2. Device and processes: torchrun starts one process per GPU.
 device, amp_dtype, use_compile = runtime.setup_device(device, dtype, use_compile)
 rank, world = runtime.join_processes(device)
-parts = world * grad_accum
-check(batch_size % parts == 0, f"batch_size: not divisible by {world} processes x grad_accum {grad_accum}")
-micro = batch_size // parts  # images of a process in a micro-batch
+micro, rest = divmod(batch_size, world * grad_accum)  # images of a process in a micro-batch
+check(rest == 0, f"batch_size: {batch_size} is not divisible by {world} processes x grad_accum {grad_accum}")
 if rank == 0:
     runtime.lock_folder(out_dir)
 
