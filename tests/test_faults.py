@@ -1,0 +1,277 @@
+"""What goes wrong on a machine: kills, full disks, output that nobody reads, stopped hosts, memory. Slow."""
+
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import TIMEOUT, augment_flags, command, contents, environment, flags, path_of, processes, train_flags
+
+import data
+import ddpm
+
+pytestmark = pytest.mark.slow
+
+FORKS = """
+import os, runpy, sys, time
+import configurator, data, ddpm, runtime, torch  # imported once: each run is a fork of this process
+for line in sys.stdin:
+    lines, seconds, *sys.argv = line[:-1].split(chr(9))
+    reader, writer = os.pipe()
+    if not (pid := os.fork()):
+        os.dup2(writer, 1)
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader) as output:
+        for _ in range(int(lines)):
+            output.readline()
+        time.sleep(float(seconds))
+        os.kill(pid, 9)
+        print(os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+def kill_at_random(kills, most, start, check):
+    """Runs start(), a script and its flags, and kills it up to 20 ms after one of its lines of output 3 to `most`.
+
+    check() is called after each run. Fails unless that many runs were killed before their end.
+    """
+    rng, hits, pipes = random.Random(0), 0, dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", FORKS], env=environment(), **pipes) as server:
+        for _ in range(2 * kills):
+            script, *how = start()
+            words = [rng.randint(3, most), rng.uniform(0, 0.02), path_of(script), *how]
+            server.stdin.write("\t".join(map(str, words)) + "\n")
+            server.stdin.flush()
+            hits += int(server.stdout.readline()) == signal.SIGKILL
+            check()
+            if hits == kills:
+                break
+        server.stdin.close()
+    assert hits == kills
+
+
+def finish(script, *how, **more):
+    """A script in a process of its own, run to its end."""
+    return subprocess.run(command(script, *how), capture_output=True, text=True, timeout=TIMEOUT, **more)
+
+
+def peak_memory(script, *how):
+    """The largest resident memory of a script's process, in MB."""
+    code = "import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    code += "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"  # kB
+    words = [sys.executable, "-c", code, path_of(script), *how]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment(), timeout=TIMEOUT)
+    return int(done.stdout.split("peak ")[1]) / 1024
+
+
+def start_torchrun(nproc, script, *how, nnodes=1):
+    """Starts a script under torchrun on one or more emulated hosts: their processes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        where = ["--master_addr=127.0.0.1", f"--master_port={s.getsockname()[1]}", f"--nnodes={nnodes}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc_per_node={nproc}"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(OMP_NUM_THREADS="1"))
+    hosts = [[*launcher, f"--node_rank={k}", path_of(script), *how] for k in range(nnodes)]
+    return [subprocess.Popen(host, **pipes) for host in hosts]
+
+
+def torchrun(*args, **how):
+    """Runs a script under torchrun to its end: (exit status, output and errors). See start_torchrun."""
+    hosts = start_torchrun(*args, **how)
+    try:
+        text = "".join(host.communicate(timeout=TIMEOUT)[0] for host in hosts)
+    finally:
+        for host in hosts:
+            host.terminate()
+    return max(host.returncode for host in hosts), text
+
+
+def checkpoint(folder):
+    return ddpm.load_checkpoint(f"{folder}/ckpt.pt")
+
+
+def same(a, b):
+    """Equal to the last bit, whatever the nesting."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else repr(a) == repr(b)  # NaN equals NaN
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# kills
+
+
+def test_train_killed_20_times_equals_an_uninterrupted_run(shards, tmp_path, run):
+    cut, whole, steps = tmp_path / "cut", tmp_path / "whole", [0]
+
+    def settings(folder, how, max_iters=10**6):
+        return train_flags(shards, folder, eval_interval=3, max_iters=max_iters, init_from=how)
+
+    def check():
+        if (cut / "ckpt.pt").exists():
+            steps.append(checkpoint(cut)["step"])
+        if (cut / "log.json").exists():
+            data.read_json(cut / "log.json")
+
+    kill_at_random(20, 20, lambda: ["train", *settings(cut, "resume" if steps[-1] else "scratch")], check)
+    assert steps == sorted(steps) and len(set(steps)) > 10
+    end = steps[-1] + 2
+    run("train", *settings(cut, "resume", end))
+    run("train", *settings(whole, "scratch", end))
+    a, b = checkpoint(cut), checkpoint(whole)
+    for key in ("model", "ema", "optimizer", "step", "history"):
+        assert same(a[key], b[key]), key
+    print(f"\ntrain.py: 20 kills between steps 0 and {steps[-1]}, {len(set(steps))} different checkpoints")
+
+
+def test_augment_killed_15_times_leaves_no_wrong_shard(trained, tmp_path, run):
+    """What is there after each kill is right, and the end is that of an undisturbed run."""
+    settings = lambda name: augment_flags(trained, tmp_path / name, per_class=200)  # noqa: E731
+    run("augment", *settings("whole"))
+    whole, partial = contents(tmp_path / "whole"), []
+    assert len(whole) == 2 * 100
+
+    def check():
+        there = contents(tmp_path / "cut")
+        assert all(there[name] == whole[name] for name in there)
+        partial.append(0 < len(there) < len(whole))
+        if len(there) == len(whole):
+            shutil.rmtree(tmp_path / "cut")  # from the start again
+
+    kill_at_random(15, 20, lambda: ["augment", *settings("cut")], check)
+    print(f"\naugment.py: 15 kills, {sum(partial)} with part of the set written")
+    assert sum(partial) >= 10
+    run("augment", *settings("cut"))
+    assert contents(tmp_path / "cut") == whole
+    assert np.bincount(data.load(f"{tmp_path}/cut")[1]).tolist() == [200] * 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# disks and output
+
+
+def test_a_full_disk_is_one_line_and_the_last_file_stays(trained, tmp_path):
+    """The limit on the size of a file stands for the disk. With room again, the same command continues."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999))  # noqa: E731
+    out, made = tmp_path / "out", tmp_path / "made"
+    shutil.copytree(trained, out)
+    resume = flags(out_dir=out, init_from="resume", max_iters=8, device="cpu")
+    augment = augment_flags(trained, made, per_class=30, shard_size=90)
+    for script, how, path in (("train", resume, out / "ckpt.pt"), ("augment", augment, made / "images_00000.npy")):
+        before = path.exists() and path.read_bytes()
+        done = finish(script, *how, preexec_fn=limit)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith(f"{script}.py: cannot write {path}: ") and "None" not in done.stderr
+        assert (path.exists() and path.read_bytes()) == before and not list(path.parent.glob("*.tmp"))
+        assert finish(script, *how).returncode == 0
+
+
+@pytest.mark.parametrize("output, said", (("| head -1", "Broken pipe"), ("> /dev/full", "No space left on device")))
+def test_output_that_cannot_be_written_ends_a_run_in_one_line(output, said, shards, tmp_path):
+    line = " ".join(command("train", *train_flags(shards, tmp_path, max_iters=100_000)))
+    bash = ["bash", "-c", f"set -o pipefail; {line} {output}"]
+    done = subprocess.run(bash, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several processes and hosts
+
+
+@pytest.mark.parametrize("what", ("SIGTERM", "a process killed"))
+def test_torchrun_that_is_stopped_loses_at_most_eval_interval_steps(what, shards, tmp_path):
+    """If one process is killed, the other ends too. The run can be resumed."""
+    settings = train_flags(shards, tmp_path, max_iters=10**6, eval_interval=40)
+    (host,) = start_torchrun(2, "train", *settings)
+    while not (line := host.stdout.readline()).startswith("step      50 "):
+        assert line
+    if what == "SIGTERM":
+        host.send_signal(signal.SIGTERM)
+    else:
+        ranks = subprocess.run(["ps", "-o", "pid=", "--ppid", str(host.pid)], capture_output=True, text=True).stdout
+        os.kill(int(ranks.split()[-1]), signal.SIGKILL)
+    text = line + host.communicate(timeout=TIMEOUT)[0]
+    step, last = checkpoint(tmp_path)["step"], int(re.findall(r"^step +(\d+)", text, re.M)[-1])
+    assert host.returncode != 0 and step % 40 == 0 and last - 40 <= step <= last, text
+    status, text = torchrun(2, "train", *settings, "--init_from=resume", f"--max_iters={step + 2}")
+    assert status == 0 and f"steps {step} to {step + 2}" in text, text
+
+
+def test_four_processes_of_two_hosts_equal_one(shards, tmp_path, run):
+    """In loss, weights and validation, when two processes resume the second half; and in the images sampled."""
+    settings = dict(dropout=0.0, eval_interval=3, val_fraction=0.4)
+    run("train", *train_flags(shards, tmp_path / "1", **settings))
+    status, text = torchrun(2, "train", *train_flags(shards, tmp_path / "4", **settings, max_iters=3), nnodes=2)
+    assert status == 0 and "on 4 x cpu" in text and "Warning" not in text.replace("OMP_NUM_THREADS", ""), text
+    status, text = torchrun(2, "train", *flags(out_dir=tmp_path / "4", init_from="resume", max_iters=6, device="cpu"))
+    assert status == 0 and "on 2 x cpu" in text and "steps 3 to 6" in text, text
+    one, four = checkpoint(tmp_path / "1"), checkpoint(tmp_path / "4")
+    assert all(torch.allclose(v, four["model"][k], atol=2e-5) for k, v in one["model"].items())
+    for key in ("train_loss", "val_loss", "val_quarters", "test_loss"):
+        np.testing.assert_allclose(four["history"][key], one["history"][key], rtol=1e-4)
+    run("augment", *augment_flags(tmp_path / "4", tmp_path / "a"))
+    status, text = torchrun(2, "augment", *augment_flags(tmp_path / "4", tmp_path / "b"), nnodes=2)
+    assert status == 0 and contents(tmp_path / "a") == contents(tmp_path / "b"), text
+
+
+def test_two_compiled_processes_equal_an_eager_one(shards, tmp_path, run):
+    """DistributedDataParallel cuts a compiled network into several graphs, one for each of its buckets."""
+    how = dict(arch="cnn", ch=96, ch_mult="1", dropout=0.0, max_iters=4, eval_interval=4)  # 2.5 MB: two buckets
+    assert "eager" in run("train", *train_flags(shards, tmp_path / "eager", **how))
+    texts = processes(2, "train", *train_flags(shards, tmp_path / "compiled", use_compile=True, **how))
+    assert "on 2 x cpu" in texts[0] and "compiled" in texts[0]
+    eager, compiled = (checkpoint(tmp_path / name)["history"] for name in ("eager", "compiled"))
+    for key in ("log_loss", "val_loss"):  # not the weights: Adam makes a whole step of a gradient's rounding error
+        np.testing.assert_allclose(compiled[key], eager[key], rtol=1e-3)
+
+
+def test_errors_of_several_processes_are_one_line(shards, tmp_path, fails, monkeypatch):
+    settings = train_flags(shards, tmp_path, val_fraction=0.001)
+    status, text = torchrun(2, "train", *settings)
+    assert status == 1 and "train.py: val_fraction" in text, text
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        where = dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=s.getsockname()[1])
+        for key, value in where.items():
+            monkeypatch.setenv(key, str(value))
+        assert "train.py: the processes do not reach each other" in fails("train", *settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# memory
+
+
+def test_memory_of_train_does_not_grow_with_the_number_of_steps(shards, tmp_path):
+    peak = {}
+    for n in (100, 700):
+        how = train_flags(shards, tmp_path / str(n), max_iters=n, eval_interval=100, log_interval=10)
+        peak[n] = peak_memory("train", *how)
+    print("\npeak memory of train.py by steps:", {n: f"{mb:.1f} MB" for n, mb in peak.items()})
+    assert peak[700] - peak[100] < 5
+
+
+def test_memory_of_augment_does_not_grow_with_the_number_of_images(tmp_path):
+    config = dict(image_size=64, num_classes=10, arch="cnn", ch=4, ch_mult=(1,), timesteps=2, beta_end=0.999)
+    model, peak = ddpm.DDPM(ddpm.DDPMConfig(**config)), {}
+    weights = model.state_dict()
+    torch.save(dict(model_args=config, model=weights, ema=weights, step=1), tmp_path / "ckpt.pt")
+    for n in (50, 300):  # 6 and 37 MB of images
+        how = dict(per_class=n, shard_size=100, batch_size=100, steps=1)
+        peak[n] = peak_memory("augment", *augment_flags(tmp_path, tmp_path / str(n), **how))
+    print("\npeak memory of augment.py by images per class:", {n: f"{mb:.1f} MB" for n, mb in peak.items()})
+    assert peak[300] - peak[50] < 15
