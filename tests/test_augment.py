@@ -101,7 +101,7 @@ def test_other_sets_are_refused_and_kept(trained, synthetic, tmp_path, run, fail
     data.write_shards(f"{tmp_path}/mine", np.zeros((3, 8, 8, 3)), np.zeros(3), ["a"])
     mine = contents(tmp_path / "mine")
     assert "made with another w" in fails("augment", *augment_flags(trained, tmp_path / "mine"))
-    data.save_json(f"{tmp_path}/mine/manifest.json", {"complete": False})  # as an --overwrite that was cut off leaves
+    data.save_json(f"{tmp_path}/mine/manifest.json", {"complete": False})  # of another program
     assert "made with another w" in fails("augment", *augment_flags(trained, tmp_path / "mine"))
     assert contents(folder) == contents(synthetic) and contents(tmp_path / "mine") == mine
     shutil.copy(folder / "images_00001.npy", folder / "images_00099.npy")
