@@ -80,7 +80,7 @@ def start(shards, root, *flags):
     base = dict(dataset=f"{shards}/shapes", max_iters=12, ch=8, batch_size=4, log_interval=1, sample_interval=0)
     cells = {"DDPM": dict(timesteps=20, beta_end=0.6, eval_interval=5, steps=3), "DCGAN": dict(script="gan")}
     study = dict(config="config/shapes.py", base=base, n=(20,), cells=cells)
-    code = f"import ablate; ablate.STUDIES['tiny'] = {study}; ablate.main()"
+    code = f"from lab import ablate; ablate.STUDIES['tiny'] = {study}; ablate.main()"
     env = environment(PYTHONPATH=os.pathsep.join([os.path.dirname(path_of("ablate")), HERE]))
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     return subprocess.Popen([sys.executable, "-c", code, "tiny", "--device=cpu", *flags], cwd=root, env=env, **pipes)

@@ -8,7 +8,7 @@ import torch
 from conftest import flags
 
 import data
-import evaluate
+from lab import evaluate
 
 
 def feature_sets(n=90, k=70, d=12):

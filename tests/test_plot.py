@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 import data
-import plot
+from lab import plot
 
 
 @pytest.fixture
