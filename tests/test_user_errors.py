@@ -16,11 +16,11 @@ import ddpm
 
 # Values just outside of what a key takes; the line names the key.
 OUTSIDE = {
-    "train": """max_iters=0 epochs=1e308 batch_size=0 batch_size=1048576 grad_accum=0 grad_accum=3 log_interval=0 lr=0
+    "train": """max_iters=0 max_iters=2.5 batch_size=0 batch_size=1048576 grad_accum=0 grad_accum=3 log_interval=0 lr=0
         eval_interval=0 eval_images=0 min_lr=-1 ema_decay=1 val_fraction=1 val_fraction=0.001 dropout=1 p_uncond=1.01
         crop=0 crop=1.01 seed=-1 seed=4294967296 patch=0 patch=65 ch=7 ch=4098 ch_mult= ch_mult=65 ch_mult=1.5,2
         num_res_blocks=65 attn_resolutions=5 attn_resolutions=[[1]] timesteps=100001 schedule=exp objective=mu loss=l3
-        weighting=snr arch=mlp classes=birb device=cpu:x device=cuda:99 device=gpu dtype=int8 use_compile=yes""",
+        weighting=snr arch=mlp epochs=1e308 classes=birb device=cpu:x device=cuda:99 dtype=int8 use_compile=yes""",
     "sample": """num_samples=1048576 batch_size=0 w=4294967296 guidance_scale=-4294967297 seed=-1 interval=3 steps=21
         eta=1 sampler=euler classes=² classes=, classes=3 rows=lr=1 columns=lr=1 device=cuda:x dtype=int8""",
     "augment": """per_class=0 per_class=1048576 shard_size=0 shard_size=1048576 batch_size=0 w=-4294967297 steps=0
@@ -29,6 +29,7 @@ OUTSIDE = {
         max_iters=0 eval_interval=0 lr=0 val_fraction=0 val_fraction=0.01 seed=-1 n_synthetic=22 classes=birb""",
     "gan": "ch=0 ch=4097 beta1=1 label_smoothing=1 z_dim=0 z_dim=1048576 input_noise=-1 per_class=0 device=cuda:99",
     "evaluate": "n=-1 resize=31 resize=1025 features=vgg split=val image_size=1048576 seed=-1 device=cpu:x dtype=int8",
+    "bench": "rounds=0 steps=0 num_samples=0 num_samples=1048576 peer=jax what=speed samplers=euler patch=0 device=gpu",
     "ablate": "seeds=0 max_iters=-1 n=-1 seed=4294967296 minutes=1",
 }
 # What the line says, and the commands to which it says so.
@@ -44,7 +45,6 @@ is damaged or not of train.py | train --init_from=file; train --init_from=.
 did you mean 'cifar10'? | train --dataset=cifar; classifier --dataset=cifar
 image_size: 28 is not divisible by 8 | train --dataset=fashion_mnist --data_dir=SHARDS --ch_mult=1,2,2,2
 images 8x8, expected squares of 16 | train --image_size=16; classifier --image_size=16
-images requested, only 54 available | train --n_real=100; classifier --n_real=100
 (last checkpoint: step 1): lower lr | train --lr=1e9 --max_iters=60 --eval_interval=1
 the weights are not finite at update | classifier --lr=1e9 --arms=real
 not both | sample --w=1 --guidance_scale=2; sample --rows=w=0,1 --columns=guidance_scale=2,3
