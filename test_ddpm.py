@@ -19,6 +19,8 @@ torch.set_num_threads(1)  # tiny networks gain nothing from more
 TINY = dict(image_size=8, num_classes=3, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0)
 TINY |= dict(timesteps=20, beta_end=0.6, class_names=("a", "b", "c"))
 LARGEST = dict(image_size=4096, channels=4096, patch=64, ch=4096, num_res_blocks=64, timesteps=100_000)
+FORMS = [dict(), dict(patch=2), dict(num_classes=0), dict(num_res_blocks=2), dict(channels=1), dict(image_size=28)]
+FORMS += [dict(ch_mult=(1,), attn_resolutions=(8,)), dict(arch="cnn"), dict(arch="cnn", image_size=24, patch=2)]
 SAMPLERS = [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("ddim", 1.0), ("dpm++", 0.0)]  # with eta
 
 
@@ -153,18 +155,11 @@ def test_layers_equal_their_formulas():
     out = film.affine(emb)  # scale, then shift
     assert torch.allclose(film(x, emb), film.norm(x) * (1 + out[:, :8, None, None]) + out[:, 8:, None, None])
     assert torch.equal(block(x, emb), x)  # as it begins
-    nn.init.normal_(block.conv2.weight), nn.init.normal_(block.attention.proj.weight)
-    h = block.conv2(F.silu(block.film(block.conv1(F.silu(block.norm(x))), emb)))
-    assert torch.allclose(block(x, emb), block.attention(x + h), atol=1e-4)
 
 
 def test_groups_divide_any_width():
     widths = {2: 1, 6: 1, 8: 2, 10: 2, 48: 12, 100: 25, 128: 32, 132: 22, 320: 32}
     assert {ch: ddpm.GroupNorm(ch).num_groups for ch in widths} == widths
-    norm, x = ddpm.GroupNorm(8), torch.randn(2, 8, 3, 3)
-    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
-    assert torch.equal(norm(x), nn.GroupNorm.forward(norm, x))
-    assert norm(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("ch,heads", ((128, 2), (8, 1)))
@@ -187,10 +182,6 @@ def test_embedding_has_the_frequencies_of_the_transformer():
     angles = t[:, None] * torch.tensor([10000 ** (-i / 15) for i in range(16)])
     assert torch.allclose(ddpm.sinusoidal_embedding(t, 32), torch.cat([angles.cos(), angles.sin()], 1), atol=1e-6)
     assert ddpm.sinusoidal_embedding(t, 2).shape == (2, 2)
-
-
-FORMS = [dict(), dict(patch=2), dict(num_classes=0), dict(num_res_blocks=2), dict(channels=1), dict(image_size=28)]
-FORMS += [dict(ch_mult=(1,), attn_resolutions=(8,)), dict(arch="cnn"), dict(arch="cnn", image_size=24, patch=2)]
 
 
 @pytest.mark.parametrize("changes", FORMS)
@@ -376,12 +367,16 @@ def test_eps_hat_belongs_to_the_clipped_x0_hat(double, objective):
 @pytest.mark.parametrize("schedule", ddpm.SCHEDULES)
 @pytest.mark.parametrize("sampler,eta", SAMPLERS)
 def test_clipping_is_the_default_and_keeps_the_chain_bounded(sampler, eta, schedule):
-    model = tiny(schedule=schedule, timesteps=4000, beta_end=0.028)
-    model.net, largest = Net(lambda x, t, y: 9 * torch.sin(99 * x)), []
-    keep = lambda i, xt, x0_hat: largest.append((xt.abs().max(), x0_hat.abs().max()))  # noqa: E731
+    model, chain = tiny(schedule=schedule, timesteps=4000, beta_end=0.028), []
+    model.net, y = Net(lambda x, t, y: 9 * torch.sin(99 * x)), torch.tensor([0])
     for steps in (1, 3, 50):
-        model.sample(torch.tensor([0]), sampler=sampler, eta=eta, steps=steps, on_step=keep)
-    assert len(largest) == 54 and all(xt < 10 and x0_hat <= 1 for xt, x0_hat in largest)  # false for NaN
+        model.sample(y, sampler=sampler, eta=eta, steps=steps, on_step=lambda i, *step: chain.append(step))
+    assert len(chain) == 54 and all(xt.abs().max() < 10 and x0.abs().max() <= 1 for xt, x0 in chain)  # false for NaN
+
+
+def test_rounding_draws_no_root_of_a_negative_number():
+    model = tiny(timesteps=2, beta_start=1e-15, beta_end=0.9996)  # 1 - abar_s - sigma^2 = -2e-31
+    assert model.sample(torch.tensor([0]), sampler="ddim", eta=1.0).isfinite().all()
 
 
 @pytest.mark.parametrize("schedule", ddpm.SCHEDULES)
@@ -503,7 +498,7 @@ def test_images_do_not_depend_on_batch_size_or_order(how):
 
 
 def test_batches_of_samples_are_bytes_in_the_order_of_the_indices():
-    model, y, indices = tiny(), torch.arange(7) % 3, [5, 0, 9, 3, 4, 8, 2]
+    model, y, indices = tiny(), torch.tensor([0, 1, 2, 2, 1, 0, 0]), [5, 0, 9, 3, 4, 8, 2]
     parts = list(model.sample_batches(y, indices, 3, steps=2, w=1.0))
     assert [part.shape for part in parts] == [(3, 8, 8, 3), (3, 8, 8, 3), (1, 8, 8, 3)]
     whole = to_uint8(model.sample(y, 1.0, indices=indices, steps=2))
@@ -546,7 +541,6 @@ def test_averaged_weights_have_their_closed_form(decay):
     d = [min(decay, (1 + k) / (10 + k)) for k in range(30)]
     shares = torch.tensor([(1 - d[k]) * math.prod(d[k + 1 :]) for k in range(30)] + [math.prod(d)])
     assert all(torch.allclose(p, shares, rtol=1e-4) for p in ema.parameters())
-    assert all(torch.equal(p, unit[29].expand_as(p)) for p in net.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -575,12 +569,18 @@ def test_a_loaded_model_is_the_one_that_was_saved(tmp_path):
         assert not model.training and model.amp_dtype is None and checkpoint["step"] == 5
         assert torch.equal(model.sample(y, steps=3), wanted.sample(y, steps=3))
     assert ddpm.load_model(path, amp_dtype=torch.bfloat16)[0].amp_dtype == torch.bfloat16
-    path = write_checkpoint(path, raw, ema=dict(updates=9, shadow=averaged.state_dict()))  # an older layout
-    assert same(ddpm.load_model(path)[0].state_dict(), averaged.state_dict())
-    shipped = os.path.join(os.path.dirname(os.path.abspath(ddpm.__file__)), "weights", "cifar_small.pt")
-    assert ddpm.load_model(shipped)[0].K == 10
+
+
+def test_shipped_weights_load_and_denoise():
+    path = os.path.join(os.path.dirname(os.path.abspath(ddpm.__file__)), "weights", "cifar_small.pt")
     with pytest.raises(UserError, match="holds only averaged weights: use --ema=True"):
-        ddpm.load_model(shipped, ema=False)
+        ddpm.load_model(path, ema=False)
+    torch.manual_seed(0)
+    model, _ = ddpm.load_model(path)
+    t = torch.tensor([min(range(model.T), key=lambda t: abs(ddpm.sigma_of(model.abar[t]) - 0.3))])
+    x0 = torch.linspace(-0.5, 0.5, 32).expand(1, 3, 32, 32)
+    x0_hat, _ = model.predict(model.q_sample(x0, t, torch.randn(x0.shape)), t, None, 0)
+    assert (x0_hat - x0).square().mean() < 0.002  # of 0.09
 
 
 def test_a_checkpoint_with_a_wrong_bit_is_refused_or_the_same(tmp_path):
