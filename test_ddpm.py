@@ -604,17 +604,17 @@ def test_what_is_no_checkpoint_is_one_line_and_never_executed(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="^no checkpoint bad.pt: train a model first"):
         ddpm.load_model("bad.pt")
-    model = tiny()
-    content = torch.load(write_checkpoint("good.pt", model))
+    content = torch.load(write_checkpoint("good.pt", tiny()))
     whole, wrong = (tmp_path / "good.pt").read_bytes(), [b"\x89PNG\r\n" * 99, pickle.dumps(Intruder())]
-    for other in (model.state_dict(), [content], 5, torch.zeros(3), content | dict(model_args=Intruder())):
+    lacking = [{k: v for k, v in content.items() if k != key} for key in ("model_args", "ema", "step")]
+    for other in (*lacking, [content], 5, torch.zeros(3), content | dict(model_args=Intruder())):
         torch.save(other, "other.pt")
         wrong.append((tmp_path / "other.pt").read_bytes())
     for data in (*wrong, *(whole[:n] for n in (0, 1, 1000, len(whole) // 2, len(whole) - 1))):
         (tmp_path / "bad.pt").write_bytes(data)
         with pytest.raises(UserError, match="^checkpoint bad.pt is damaged or not of train.py$"):
             ddpm.load_model("bad.pt")
-    write_checkpoint("bad.pt", model, ema={f"module.{name}": p for name, p in model.state_dict().items()})
+    write_checkpoint("bad.pt", tiny(), ema={f"module.{name}": p for name, p in content["ema"].items()})
     with pytest.raises(UserError, match="^checkpoint bad.pt is of another version of ddpm.py$"):
         ddpm.load_model("bad.pt")
     assert not os.path.exists("made")
