@@ -41,11 +41,11 @@ device = "auto"  # cuda, mps, cpu
 dtype = "auto"  # float32, bfloat16, float16
 use_compile = "auto"  # torch.compile the network: True, False
 # ---------------------------------------------------------------------------------------------------------------------
-config, given = configure(globals())
+configure(globals())
 
 # Model and settings. The images are a function of these settings alone.
 device, amp_dtype, use_compile = runtime.setup_device(device, dtype, use_compile)
-rank, world = runtime.join_processes("cpu")  # no GPU has to meet another
+rank, world = runtime.join_processes("cpu")  # by gloo: only a list and barriers pass between the processes
 model, checkpoint = runtime.open_model(out_dir, ema, device, amp_dtype)
 names = list(model.config.class_names) or [str(k) for k in range(model.K)]
 labels = data.class_ids(classes, names, unique=True) if classes else list(range(max(1, model.K)))

@@ -90,7 +90,7 @@ class Dropout:
         self.p, self.generator = p, generator
 
     def forward(self, x, training=False):
-        kept = torch.rand(x.shape, generator=self.generator, device=x.device) >= (self.p if training else 0)
+        kept = torch.rand(x.shape, generator=self.generator, device=x.device) >= self.p if training else 1
         self.mask = kept / (1 - self.p) if training else kept
         return x * self.mask
 
@@ -376,5 +376,5 @@ def main():
 
 
 if __name__ == "__main__":
-    config, given = configure(globals())
+    config, _ = configure(globals())
     main()

@@ -17,10 +17,10 @@ import sys
 from ddpm import UserError, check
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-# Numbers are from 0 (-2**32 where the default is None: w, guidance_scale) to 2**32 - 1. These are not 0:
+# Numbers are at least 0 (-2**32 where the default is None) and below 2**32. Those of these keys must be above 0:
 POSITIVE = set("batch_size grad_accum max_iters log_interval eval_interval eval_images lr shard_size per_class".split())
 POSITIVE |= set("seeds rounds z_dim".split())
-# these are below 1, and these, which take memory, below 2**20:
+# Those of these keys must be below 1, and those of the next, which take memory, below 2**20:
 SHARES = set("val_fraction dropout ema_decay label_smoothing beta1".split())
 SIZES = set("batch_size shard_size per_class num_samples hidden image_size z_dim".split())
 
@@ -36,7 +36,7 @@ def settings_in(script):
 def convert(value, kind):
     """The value, or its text, as a bool, int, float, str or tuple. 1 is a float too, 1e5 an int, [1, 2] a tuple."""
     if kind is str:
-        value = os.path.expanduser(str(value) if type(value) is bool else value)  # use_compile = True
+        value = os.path.expanduser(str(value) if type(value) is bool else value)  # a config file's use_compile = True
     elif type(value) is str:
         value = ast.literal_eval(value.capitalize() if kind is bool else value or "()")
     if kind is tuple and type(value) in (int, float):

@@ -212,7 +212,7 @@ def image_paths(folder):
 
 
 def fixed_order(n):
-    """A random order of 0..n-1, always the same: any slice of a set that is sorted by class then has every class."""
+    """A random order of 0..n-1, always the same: a slice of a set sorted by class then has about its share of each."""
     return np.random.default_rng(0).permutation(n)
 
 
@@ -278,8 +278,8 @@ def cached(folder, make):
 def load(dataset, split="train", data_dir="data", image_size=0, classes=""):
     """Loads one split of a data set: (images (N, H, W, C) uint8, labels (N,) int64 or None, class names).
 
-    dataset: cifar10, fashion_mnist, flowers102, shapes, or a folder of images or shards. image_size: side to which
-    images of any size are resized (0: 64), or the data set's own. classes: 'cat,frog' keeps these, as labels 0, 1.
+    dataset: cifar10, fashion_mnist, flowers102, shapes, or a folder of images or shards. image_size: resizes a folder's
+    images (0: to 64) and flowers102; else 0 or the set's own. classes: 'cat,frog' keeps these, as labels 0, 1.
     A data set without a test split gives (None, None, []) for it.
     Raises UserError if the data cannot be found, downloaded or read, or a class is unknown.
     """

@@ -66,7 +66,7 @@ class DDPMConfig:
     ch: int = 128  # width of the first level
     ch_mult: tuple = (1, 2, 2, 2)  # width of each level in units of ch; each level halves the resolution of the last
     num_res_blocks: int = 2  # per level
-    attn_resolutions: tuple = (16,)  # sides of the feature maps that get attention
+    attn_resolutions: tuple = (16,)  # sides of the feature maps that get attention; the U-Net's middle always has it
     dropout: float = 0.1
     timesteps: int = 500  # T
     schedule: str = "linear"
@@ -129,7 +129,7 @@ def make_betas(schedule, T, beta_start, beta_end):
 def loss_weights(weighting, objective, betas, abar):
     """Returns the weight of each t, (T,), for a squared error in the objective's own units.
 
-    simple: 1 ([1] eq. 14 for eps). vlb: the bound of [1] eq. 12 with variance beta_t, in nats per dimension.
+    simple: 1 ([1] eq. 14 for eps). vlb: a term of [1] eq. 12 with variance beta_t: their sum is in nats per dimension.
     min_snr: [7] with gamma = 5. One error has three sizes: |eps_err|^2 = snr |x0_err|^2 = abar |v_err|^2.
     """
     if weighting == "simple":
@@ -147,7 +147,7 @@ def loss_weights(weighting, objective, betas, abar):
 
 
 def zero_init(module):
-    """Zeroes a module's weights. Residual branches and outputs that start at zero train better ([1], app. B)."""
+    """Zeroes a module's weights, so that a residual branch starts as the identity and the network outputs 0."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
@@ -258,7 +258,7 @@ class UNet(nn.Module):
         self.patch, self.condition = c.patch, Condition(c)
         res, width, widths = c.image_size // c.patch, c.ch, [c.ch]  # widths: of the skip connections
 
-        def block(cin, cout):
+        def block(cin, cout):  # with attention if the current `res` has it
             return ResBlock(cin, cout, 4 * c.ch, c.dropout, res in c.attn_resolutions)
 
         self.stem = nn.Conv2d(c.channels * c.patch**2, c.ch, 3, padding=1)
@@ -335,7 +335,7 @@ def to_uint8(x):
 def seed_of(seed, k):
     """The seed of stream k of `seed`: distinct for every k below 2**32, far apart for different seeds.
 
-    Streams in use: image k when sampling; epoch k and 2**31 + step in data.py; 2**30 + step and 2**32 - 1 in train.py.
+    Streams: sampling: image k; data.py: epoch k, 2**31 + step; train.py: 2**30 + step, 2**32 - 1; classifier.py: 0, 1.
     """
     return (seed * 2654435761 + k) % 2**32  # torch's CPU generator keeps 32 bits
 
@@ -476,8 +476,8 @@ class DDPM(nn.Module):
     def sampler_timesteps(self, steps):
         """The timesteps that a sampler visits, decreasing from T-1.
 
-        Evenly spaced in sigma^(1/7) ([8] eq. 5), from the schedule's last sigma (at most 80) down to 0.03; the last
-        step jumps from there to x0_hat.
+        Evenly spaced in sigma^(1/7) ([8] eq. 5), between 80 and 0.03 where the schedule reaches them; always T-1 first,
+        and every t if steps = T. The last step jumps to x0_hat.
         """
         sigma = torch.tensor([sigma_of(a) for a in self.abar], dtype=torch.float64)
         high, low = sigma[-1].clamp(max=80) ** (1 / 7), sigma[0].clamp(min=0.03) ** (1 / 7)
@@ -493,9 +493,9 @@ class DDPM(nn.Module):
         """Raises UserError for what `sample` cannot do. y (B,) or None."""
         check_choice("sampler", sampler, SAMPLERS)
         check(1 <= steps <= self.T, f"steps: {steps} must be between 1 and {self.T}")
-        check(0 <= eta <= (sampler == "ddim"), f"eta: {eta} must be between 0 and 1, and 0 unless the sampler is ddim")
+        check(eta == 0 or (0 < eta <= 1 and sampler == "ddim"), f"eta: {eta} must be 0, or at most 1 with sampler=ddim")
         check(math.isfinite(w), f"w: {w} must be finite")
-        check(len(interval) in (0, 2), f"interval: {interval} must be low,high or empty")
+        check(len(interval) < 3 and interval[:1] <= interval[1:], f"interval: {interval} must be low,high or empty")
         if y is not None and len(y):
             check(0 <= y.min() and y.max() < self.K, f"labels {y.tolist()}, but this model has {self.K} classes")
         check(w == 0 or self.K, f"w={w:g}: an unconditional model cannot be guided")
@@ -536,7 +536,7 @@ class DDPM(nn.Module):
                 xt = c0 * x0_hat + ct * xt + var**0.5 * image_noise(generators, self.shape, device)
             elif sampler == "ddim":
                 var = eta**2 * posterior_coefficients(abar_t, abar_s)[2]  # [4] eq. 16
-                xt = abar_s**0.5 * x0_hat + max(0, 1 - abar_s - var) ** 0.5 * eps_hat  # [4] eq. 12; rounding: -1e-16
+                xt = abar_s**0.5 * x0_hat + max(0, 1 - abar_s - var) ** 0.5 * eps_hat  # [4] eq. 12; max: not -1e-16
                 xt = xt + var**0.5 * image_noise(generators, self.shape, device) if eta else xt
             else:  # [6] alg. 2 with h the step in lambda = -log sigma and 1 / (2 r) = h / (2 h_prev)
                 h = math.log(sigma_of(abar_t) / sigma_of(abar_s))
@@ -579,7 +579,7 @@ def make_optimizer(model, lr, weight_decay):
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay):
-    """Moves the averaged weights, a copy of the model, towards the model's. The first steps average over fewer."""
+    """Moves the averaged weights towards the model's, faster in the first steps: the random start is soon forgotten."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
@@ -597,9 +597,9 @@ def load_checkpoint(path):
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
         checkpoint = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
+    except (PermissionError, MemoryError):
         raise
-    except Exception:  # of a damaged file: any
+    except Exception:  # a damaged file can raise anything
         checkpoint = {}
     whole = isinstance(checkpoint, dict) and {"model_args", "ema", "step"} <= checkpoint.keys()
     check(whole, f"checkpoint {path} is damaged or not of train.py")

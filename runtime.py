@@ -63,7 +63,7 @@ def keep_freed_memory():
 def join_processes(device):
     """(rank, world) of this process under torchrun, after it has joined the others; (0, 1) without torchrun.
 
-    It gives them five minutes to start, then waits for days: rank 0 decodes a data set, or makes more shards than they.
+    It waits five minutes for them to start, then for days: rank 0 may have to decode a data set or make more shards.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1
@@ -75,7 +75,7 @@ def join_processes(device):
         dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=rank, world_size=world, **how)
     except (RuntimeError, ValueError) as e:
         raise UserError(f"the processes do not reach each other: {str(e).splitlines()[0]}") from None
-    sys.excepthook = print_user_error  # init_process_group puts one before it that hides what it prints
+    sys.excepthook = print_user_error  # again: init_process_group wrapped it in a hook that loses the line it prints
     return rank, world
 
 

@@ -38,7 +38,7 @@ columns = ""  # key=value,value,…: a column per value
 device = "auto"  # cuda, mps, cpu
 dtype = "float32"  # bfloat16, float16, or auto: the fastest here
 # ---------------------------------------------------------------------------------------------------------------------
-config, given = configure(globals())
+config, _ = configure(globals())
 COMPARED = {"w": float, "guidance_scale": float, "sampler": str, "steps": int, "eta": float, "ema": bool, "seed": int}
 device, amp_dtype, _ = runtime.setup_device(device, dtype, "False")
 check(not (gif and (rows or columns)), "gif cannot be combined with rows or columns")
@@ -108,7 +108,7 @@ else:
     width = per_class if names else min(8, per_class)
     save(tile(sample({}, "sampling", frames).numpy(), width, titles), "sample.png")
     noise = image_noise([make_generator(seed, k) for k in range(len(labels))], model.shape)
-    save(tile(to_uint8(noise / 3).numpy(), width, titles), "noise.png")
+    save(tile(to_uint8(noise / 3).numpy(), width, titles), "noise.png")  # / 3: 3 sigma is black or white
     if gif:
         times = sorted({*range(0, len(frames), max(1, len(frames) // 50)), max(frames)})
         sheets = [tile(torch.cat(frames[i]).numpy(), width, titles) for i in times]

@@ -37,7 +37,7 @@ data_dir = "data"  # where data sets are kept
 classes = ""  # cat,frog keeps only these
 image_size = 0  # 0: the data set's own
 val_fraction = 0.1  # share of the training split used for validation; 0: none
-n_real = 0  # train on so many images, the same number of each class and the same as in classifier.py; 0: all
+n_real = 0  # training images, an equal share per class, the ones that classifier.py takes for the same n_real; 0: all
 hflip = True  # mirror half of the images
 crop = 1.0  # below 1: random resized crops of at least this share of the side
 # model (see DDPMConfig in ddpm.py)
@@ -137,7 +137,7 @@ if checkpoint:
     old, new = asdict(ddpm.DDPMConfig(**checkpoint["model_args"])), asdict(model.config)
     free = {"dropout", "p_uncond", "loss", "weighting", "num_classes", "class_names"} if fine_tune else set()
     changed = [f"{k}: checkpoint {old[k]!r}, now {new[k]!r}" for k in new if old[k] != new[k] and k not in free]
-    check(not changed, f"{init_from}: it cannot change ({'; '.join(changed)})")
+    check(not changed, f"{init_from}: these cannot change: {'; '.join(changed)}")
 if fine_tune:  # from the averaged weights; other classes get new embeddings
     weights = checkpoint["ema"].get("shadow", checkpoint["ema"])
     same = old["class_names"] == new["class_names"]
@@ -160,7 +160,7 @@ if resume:
         part.load_state_dict(checkpoint[name])
     if checkpoint["scaler"]:  # empty unless that was float16
         scaler.load_state_dict(checkpoint["scaler"])
-    optimizer.param_groups[0]["weight_decay"] = weight_decay
+    optimizer.param_groups[0]["weight_decay"] = weight_decay  # of the matrices: load_state_dict restored the old one
 del checkpoint
 if use_compile:
     model.net.compile(dynamic=False)  # in place: parameter names stay those of the plain module
@@ -183,7 +183,7 @@ def evaluate(images, labels):
     sums, generator = torch.zeros(4, 2, device=device), ddpm.make_generator(seed, 2**32 - 1)  # sum and count by quarter
     size = min(batch_size, 250)
     for i, start in enumerate(range(0, len(images), size)):
-        part = slice(start, min(start + size, len(images)))  # the labels may be more
+        part = slice(start, min(start + size, len(images)))  # labels may be longer: eval_images cuts only the images
         t, eps = model.random_t_eps(part.stop - start, generator)
         if i % world == rank:
             x0, t, eps = ddpm.to_float(torch.tensor(images[part]).to(device)), t.to(device), eps.to(device)
@@ -259,7 +259,7 @@ while step < max_iters and not stopped:
             dist.all_reduce(log_sums)
         loss, norm = (log_sums[0] / log_sums[1]).item(), norm.item()
         seconds = max(1e-9, time.time() - log_time) / (step - log_step)
-        fine = scaler.get_scale() >= 1 if scaler.is_enabled() else math.isfinite(norm)  # it skips steps and halves
+        fine = scaler.get_scale() >= 1 if scaler.is_enabled() else math.isfinite(norm)  # float16: it skips and rescales
         advice = "lower lr, lengthen warmup_iters or use --dtype=float32 and --use_compile=False"
         at = f"step {step}, lr {lr_now:.3g} (last checkpoint: {last_saved})"
         check(fine and math.isfinite(loss), f"loss {loss:.3g}, grad norm {norm:.3g} at {at}: {advice}")
@@ -273,7 +273,8 @@ while step < max_iters and not stopped:
         log_sums.zero_()
         log_step, log_time = step, time.time()
 
-    # Validate, save, and draw a grid.
+    # Validate, save, and draw a grid; none of it counts as time of the steps.
+    paused = time.time()
     if evaluates:
         history["step"].append(step)
         history["epochs"].append(step * batch_size / n_train)
@@ -293,8 +294,7 @@ while step < max_iters and not stopped:
         last_saved = f"step {step}"
     if rank == 0 and sample_interval and not stopped and (step % sample_interval == 0 or step == max_iters):
         save_grid()
-    if evaluates:
-        log_time = time.time()
+    log_time += time.time() - paused
 
 if step < max_iters:
     log(f"stopped at step {step} of {max_iters}: `python train.py --init_from=resume --out_dir={out_dir}` continues")
