@@ -464,10 +464,10 @@ def test_interval_guides_only_between_its_ends():
 REFUSED = (
     (dict(), "sampler: 'euler' is not one of ddpm, ddim, dpm", [dict(sampler="euler")]),
     (dict(), "steps: .* must be between 1 and 20", [dict(steps=0), dict(steps=21)]),
-    (dict(), "eta: 0.5 must be .*, and 0 unless the sampler is ddim", [dict(eta=0.5), dict(eta=0.5, sampler="dpm++")]),
-    (dict(), "eta: .* must be between 0 and 1", [dict(eta=1.1, sampler="ddim"), dict(eta=-0.1, sampler="ddim")]),
+    (dict(), "eta: 0.5 must be 0, or at most 1 with sampler=ddim", [dict(eta=0.5), dict(eta=0.5, sampler="dpm++")]),
+    (dict(), "eta: .* must be 0, or at most 1", [dict(eta=1.1, sampler="ddim"), dict(eta=-0.1, sampler="ddim")]),
     (dict(), "w: .* must be finite", [dict(w=math.nan), dict(w=-math.inf)]),
-    (dict(), "interval: .* must be low,high or empty", [dict(interval=(1,))]),
+    (dict(), "interval: .* must be low,high or empty", [dict(interval=(1,)), dict(interval=(4, 1))]),
     (dict(), "labels .*, but this model has 3 classes", [dict(y=torch.tensor([3])), dict(y=torch.tensor([-1]))]),
     (dict(), "how many images", [dict(y=None)]),
     (dict(), "2 indices, but another number of labels", [dict(indices=[5, 6])]),
