@@ -23,8 +23,8 @@ def shape_classifier(data_dir):
         layers += [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
     net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 10))
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
-    for _ in range(300):
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
+    for _ in range(400):
         k = torch.randint(10000, (32,))
         noisy = x[k] + 0.1 * torch.rand(32, 1, 1, 1) * torch.randn(32, 3, 32, 32)
         F.cross_entropy(net(noisy), y[k]).backward()
@@ -36,10 +36,7 @@ def shape_classifier(data_dir):
 
 @pytest.mark.slow
 def test_the_quick_start_gives_the_class_asked_for_and_its_images_help(tmp_path):
-    """Two thirds of config/shapes.py; then 20 real images of each class, and 100 synthetic ones beside them.
-
-    The two bars are four standard errors below what was measured: ASKED of 200 images, and GAIN points over 3 seeds.
-    """
+    """Two thirds of config/shapes.py; then 20 real images of each class, and 100 synthetic ones beside them."""
     compared = dict(n_real=200, seeds=3, arms="real,real+synthetic,real+real", hidden=128, batch_size=64, max_iters=600)
     compared |= dict(warmup_iters=50, eval_interval=600, dropout=0, shift=0, hflip=False)
     for script, *how in (
@@ -58,5 +55,6 @@ def test_the_quick_start_gives_the_class_asked_for_and_its_images_help(tmp_path)
     control, _ = classifier.difference(of["real+real"], of["real"])
     print(f"\nclassifier on real shapes {real:.1%}; as asked {asked:.1%}, untrained {untrained:.1%}")
     print(f"{gain:+.2f} ± {half:.2f} points from synthetic shapes, control {control:+.2f}")
-    assert real >= 0.99 and asked >= 0.91 and untrained < 0.2
-    assert gain > 6 and gain > 3 * abs(control)
+    assert real >= 0.99 and untrained < 0.2
+    assert asked >= 0.93  # of 200 images, 97.5% were: the bars are four standard errors below what was measured
+    assert gain > 4.7 and gain > 3 * abs(control)  # +12.7 points with a standard error of 2.0, control -0.4
