@@ -86,12 +86,14 @@ def test_training_and_samplers_stay_on_the_device(fake_cuda, graphs, monkeypatch
     assert graphs.frame_count == 1
 
 
+@pytest.mark.slow
 def test_train_compiles_one_graph(graphs, shards, tmp_path, run):
     """For all steps; validation, grids and the averaged weights neither recompile nor break it."""
     run("train", *train_flags(shards, tmp_path, use_compile=True, sample_interval=3, grad_accum=2))
     assert graphs.frame_count == 1
 
 
+@pytest.mark.slow
 def test_augment_compiles_one_graph(graphs, trained, tmp_path, run):
     """For guided and unguided steps of batches of one size; the images are those of eager mode."""
     images = []
@@ -128,6 +130,7 @@ def test_device_type_and_compilation_of_each_process(monkeypatch):
     assert runtime.setup_device("auto") == ("mps", None, False)
 
 
+@pytest.mark.slow
 def test_float16_survives_a_loss_that_overflows_and_learns(shards, tmp_path, run, fails, monkeypatch):
     network, calls = ddpm.DDPM.network, []
 
