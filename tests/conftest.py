@@ -25,6 +25,11 @@ HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TIMEOUT = 600  # seconds of a subprocess: ends a hang, measures nothing
 
 
+def pytest_collection_modifyitems(items):
+    """The longest test comes first, so that the other workers have the rest to do."""
+    items.sort(key=lambda item: "test_chain" not in item.nodeid)
+
+
 def path_of(script):
     """The file of a script: train, or lab's evaluate."""
     found = [path for path in (f"{HERE}/{script}.py", f"{HERE}/lab/{script}.py") if os.path.exists(path)]
