@@ -211,7 +211,7 @@ class FiLM(nn.Module):
 
     def forward(self, h, emb):
         scale, shift = self.affine(emb)[..., None, None].chunk(2, dim=1)  # (B, C, 1, 1)
-        return self.norm(h) * (1 + scale) + shift
+        return torch.addcmul(shift, self.norm(h), 1 + scale)  # norm(h) * (1 + scale) + shift in one pass
 
 
 class Attention(nn.Module):
