@@ -266,7 +266,7 @@ def verdict(runs):
         return ""
     changes = [difference(arm, runs[name]) for name in others]
     text = "".join(f"real+synthetic minus {o}: {change_text(*c)}. " for o, c in zip(others, changes))
-    if len(arm) < 2:
+    if any(half is None for _, half in changes):
         return text + "One seed cannot tell whether that is chance."
     helped, hurt = (all(sign * mean > half for mean, half in changes) for sign in (1, -1))
     return text + ("Synthetic data helped." if helped else "Synthetic data hurt." if hurt else "No effect was shown.")

@@ -183,6 +183,7 @@ def test_verdict_says_what_the_numbers_say(capsys):
     assert "minus real: -9.67 points, 95% interval [-" in hurt and hurt.endswith("Synthetic data hurt.")
     assert verdict((0.40, 0.61, 0.53)).endswith("]. No effect was shown.")
     assert "One seed cannot tell" in verdict((0.60,)) and "95%" not in verdict((0.60,))
+    assert "One seed cannot tell" in verdict((0.60, 0.61, 0.63), 0.50)  # the control has run once so far
     text = verdict((0.60, 0.61, 0.63), 0.60, 0.61, 0.62)  # the control gains as much
     assert "No effect was shown." in text and "real+synthetic minus real+real: +0.33 points" in text
     assert verdict((0.60, 0.61, 0.63), 0.51, 0.50, 0.52).endswith("Synthetic data helped.")
