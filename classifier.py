@@ -185,16 +185,16 @@ OPTIMIZERS = {"sgd": SGD, "adamw": AdamW}
 # training one classifier
 
 
-def to_inputs(images, device):
-    """uint8 (B, H, W, C) -> float (B, n_in) of about unit variance."""
-    return 2 * to_float(torch.tensor(images).to(device)).movedim(1, -1).flatten(1)
+def to_inputs(x0):
+    """float (B, C, H, W) in [-1, 1] -> (B, n_in) of about unit variance."""
+    return 2 * x0.movedim(1, -1).flatten(1)
 
 
 @torch.no_grad()
 def predict(model, images, device):
     """The most likely class of each image: (N, H, W, C) uint8 -> (N,)."""
-    parts = [images[start : start + 1000] for start in range(0, len(images), 1000)]
-    return torch.cat([model.forward(to_inputs(part, device)).argmax(1).cpu() for part in parts]).numpy()
+    parts = (to_float(torch.tensor(images[k : k + 1000]).to(device)) for k in range(0, len(images), 1000))
+    return torch.cat([model.forward(to_inputs(x0)).argmax(1).cpu() for x0 in parts]).numpy()
 
 
 @torch.no_grad()
@@ -209,7 +209,7 @@ def train(images, labels, val_images, val_labels, K, seed, device):
     batches = data.Batches(images, labels, batch_size, seed, hflip, 1.0, shift, device)
     for step in range(max_iters):
         x0, y = batches(step)
-        loss.forward(model.forward(2 * x0.movedim(1, -1).flatten(1), training=True), y)
+        loss.forward(model.forward(to_inputs(x0), training=True), y)
         model.backward(loss.backward())
         optimiser.step(learning_rate(step, max_iters, lr, min_lr, warmup_iters))
         if (step + 1) % eval_interval == 0 or step + 1 == max_iters:

@@ -18,8 +18,10 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import data
+import ddpm
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TIMEOUT = 600  # seconds of a subprocess: ends a hang, measures nothing
@@ -154,6 +156,19 @@ def classifier_flags(shards, out_dir, folder, **changes):
     settings = dict(dataset=f"{shards}/tiny", out_dir=out_dir, synthetic_dir=folder, seeds=2, hidden=16, shift=1)
     settings |= dict(batch_size=8, max_iters=6, eval_interval=3, warmup_iters=1, device="cpu")
     return flags(**settings | changes)
+
+
+def checkpoint(folder):
+    return ddpm.load_checkpoint(f"{folder}/ckpt.pt")
+
+
+def same(a, b):
+    """Equal to the last bit, whatever the nesting. NaN, of a quarter without any t, equals NaN."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else repr(a) == repr(b)
 
 
 def contents(folder):

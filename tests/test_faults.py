@@ -13,7 +13,19 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import TIMEOUT, augment_flags, command, contents, environment, flags, path_of, processes, train_flags
+from conftest import (
+    TIMEOUT,
+    augment_flags,
+    checkpoint,
+    command,
+    contents,
+    environment,
+    flags,
+    path_of,
+    processes,
+    same,
+    train_flags,
+)
 from PIL import Image
 
 import data
@@ -97,19 +109,6 @@ def torchrun(*args, **how):
         for host in hosts:
             host.terminate()
     return max(host.returncode for host in hosts), text
-
-
-def checkpoint(folder):
-    return ddpm.load_checkpoint(f"{folder}/ckpt.pt")
-
-
-def same(a, b):
-    """Equal to the last bit, whatever the nesting."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else repr(a) == repr(b)  # NaN equals NaN
 
 
 # ---------------------------------------------------------------------------------------------------------------------

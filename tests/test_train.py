@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, augment_flags, classifier_flags, cut_off, flags, processes, train_flags
+from conftest import HERE, augment_flags, checkpoint, classifier_flags, cut_off, flags, processes, same, train_flags
 from PIL import Image
 
 import classifier
@@ -19,21 +19,8 @@ from configurator import settings_in
 KEYS = ("model", "ema", "optimizer", "scaler", "step", "sums", "history", "trained_on")
 
 
-def checkpoint(folder):
-    return ddpm.load_checkpoint(f"{folder}/ckpt.pt")
-
-
 def resume(folder, **changes):
     return flags(out_dir=folder, init_from="resume", device="cpu", **changes)
-
-
-def same(a, b):
-    """Equal to the last bit, whatever the nesting. NaN, of a quarter without any t, equals NaN."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else repr(a) == repr(b)
 
 
 def test_a_run_cut_off_before_any_write_continues_to_the_same_bits(shards, tmp_path, run, capfd):
