@@ -153,15 +153,20 @@ def zero_init(module):
     return module
 
 
+def group_norm(x, groups, weight, bias, eps):
+    """F.group_norm in x's dtype, where autocast would take float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
 class GroupNorm(nn.GroupNorm):
-    """At most 32 groups of at least 4 channels, for any width; in x's dtype, where autocast would take float32."""
+    """At most 32 groups of at least 4 channels, for any width."""
 
     def __init__(self, ch):
         super().__init__(next(g for g in range(max(1, min(32, ch // 4)), 0, -1) if ch % g == 0), ch)
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class Upsample(nn.Conv2d):
@@ -210,8 +215,16 @@ class FiLM(nn.Module):
         self.norm, self.affine = GroupNorm(ch), nn.Linear(dim, 2 * ch)
 
     def forward(self, h, emb):
-        scale, shift = self.affine(emb)[..., None, None].chunk(2, dim=1)  # (B, C, 1, 1)
-        return torch.addcmul(shift, self.norm(h), 1 + scale)  # norm(h) * (1 + scale) + shift in one pass
+        scale, shift = self.affine(emb).chunk(2, dim=1)  # (B, C) each
+        if not h.is_cpu:
+            return self.norm(h) * (1 + scale)[..., None, None] + shift[..., None, None]
+        # In one pass over h (sampling is 1.03 to 1.07x faster): every image has a weight and a bias of its own, so the
+        # batch is viewed as one image of B * C channels.
+        B, C, H, W = h.shape
+        weight, bias = self.norm.weight * (1 + scale), self.norm.bias * (1 + scale) + shift
+        h = h.reshape(1, B * C, H, W)
+        h = group_norm(h, B * self.norm.num_groups, weight.flatten(), bias.flatten(), self.norm.eps)
+        return h.view(B, C, H, W)
 
 
 class Attention(nn.Module):
@@ -457,12 +470,18 @@ class DDPM(nn.Module):
     def guided(self, xt, t, y, w):
         """(1 + w) net(y) - w net(null) ([3] eq. 6; x0 and v are affine in eps, so the same line serves them).
 
-        w = 0 is the conditional and w = -1 the unconditional model, one call each; any other w takes two calls.
+        w = 0 is the conditional and w = -1 the unconditional model.
         """
-        if w == 0 or y is None:
+        if y is None or w == -1:
+            return self.network(xt, t, None)
+        if w == 0:
             return self.network(xt, t, y)
-        unconditional = self.network(xt, t, None)
-        return unconditional if w == -1 else (1 + w) * self.network(xt, t, y) - w * unconditional
+        if xt.is_cpu:  # one call of 2B images, 1.1x faster there; elsewhere one compiled graph of B serves all calls
+            both = self.network(xt.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, torch.full_like(y, self.K)]))
+            conditional, unconditional = both.chunk(2)
+        else:
+            conditional, unconditional = self.network(xt, t, y), self.network(xt, t, None)
+        return (1 + w) * conditional - w * unconditional
 
     def predict(self, xt, t, y, w, clip_x0=True):
         """(x0_hat, eps_hat) under guidance. Where x0_hat is clipped, eps_hat changes with it, so that both give xt."""

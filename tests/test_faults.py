@@ -127,7 +127,7 @@ def test_train_killed_20_times_equals_an_uninterrupted_run(shards, tmp_path, run
         if (cut / "log.json").exists():
             data.read_json(cut / "log.json")
 
-    kill_at_random(20, 20, lambda: ["train", *settings(cut, "resume" if steps[-1] else "scratch")], check)
+    kill_at_random(20, 12, lambda: ["train", *settings(cut, "resume" if steps[-1] else "scratch")], check)
     assert steps == sorted(steps) and len(set(steps)) > 10
     end = steps[-1] + 2
     run("train", *settings(cut, "resume", end))
@@ -140,7 +140,7 @@ def test_train_killed_20_times_equals_an_uninterrupted_run(shards, tmp_path, run
 
 def test_augment_killed_15_times_leaves_no_wrong_shard(trained, tmp_path, run):
     """What is there after each kill is right, and the end is that of an undisturbed run."""
-    settings = lambda name: augment_flags(trained, tmp_path / name, per_class=200)  # noqa: E731
+    settings = lambda name: augment_flags(trained, tmp_path / name, per_class=200, batch_size=6)  # noqa: E731
     run("augment", *settings("whole"))
     whole, partial = contents(tmp_path / "whole"), []
     assert len(whole) == 2 * 100
@@ -152,7 +152,7 @@ def test_augment_killed_15_times_leaves_no_wrong_shard(trained, tmp_path, run):
         if len(there) == len(whole):
             shutil.rmtree(tmp_path / "cut")  # from the start again
 
-    kill_at_random(15, 20, lambda: ["augment", *settings("cut")], check)
+    kill_at_random(15, 12, lambda: ["augment", *settings("cut")], check)
     print(f"\naugment.py: 15 kills, {sum(partial)} with part of the set written")
     assert sum(partial) >= 10
     run("augment", *settings("cut"))
@@ -281,8 +281,8 @@ def test_an_error_of_several_processes_is_shown(shards, tmp_path):
 def test_memory_of_train_does_not_grow_with_the_number_of_steps(shards, tmp_path):
     peak = {}
     for n in (100, 700):
-        how = train_flags(shards, tmp_path / str(n), max_iters=n, eval_interval=100, log_interval=10)
-        peak[n] = peak_memory("train", *how)
+        how = dict(ch_mult="1", attn_resolutions="", max_iters=n, eval_interval=100, log_interval=10)
+        peak[n] = peak_memory("train", *train_flags(shards, tmp_path / str(n), **how))
     print("\npeak memory of train.py by steps:", {n: f"{mb:.1f} MB" for n, mb in peak.items()})
     assert peak[700] - peak[100] < 5
 
