@@ -2,7 +2,7 @@
 
 python -m lab.plot schedules                                   beta, signal and log-SNR of the four schedules
 python -m lab.plot forward --dataset=cifar10                   an image noised along each of them
-python -m lab.plot loss --logs=out/log.json,out-b/log.json     training, validation and test loss of any number of runs
+python -m lab.plot loss --logs=out,out-b                       the losses of any number of runs of train.py or lab.gan
 python -m lab.plot confusion --results=out/classifier.json     confusion matrices of the arms, side by side
 python -m lab.plot data --dataset=cifar10                      class balance, augmentation, noise
 """
@@ -20,7 +20,7 @@ from ddpm import DDPM, SCHEDULES, DDPMConfig, check, check_choice, make_betas, m
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = "out"
-logs = ""  # of loss: log.json files of train.py, comma-separated; default out_dir/log.json
+logs = ""  # of loss: folders of runs, or their log.json, comma-separated; default out_dir
 results = ""  # of confusion: a file of classifier.py; default out_dir/classifier.json
 dataset = "cifar10"  # of forward and data
 data_dir = "data"
@@ -32,13 +32,14 @@ beta_start = 1e-4
 beta_end = 0.028
 # ---------------------------------------------------------------------------------------------------------------------
 COLOURS = ("#1f5aa0", "#c2551e", "#3c8d40", "#7b4ea3", "#8a6d3b", "#444444")
+SCALE = "objective loss weighting schedule timesteps beta_start beta_end".split()  # settings on which a loss depends
 
 
 def diffusion(schedule, channels=3, side=32):
-    """A DDPM with a schedule. Its network, the smallest, is not used."""
-    smallest = dict(ch=2, ch_mult=(1,), num_res_blocks=1, attn_resolutions=())
+    """A DDPM with a schedule. Its network is not used."""
     betas = dict(timesteps=timesteps, schedule=schedule, beta_start=beta_start, beta_end=beta_end)
-    return DDPM(DDPMConfig(side, channels, **smallest, **betas))
+    config = DDPMConfig(side, channels, ch_mult=(1,), attn_resolutions=(), **betas)
+    return DDPM(config, net=torch.nn.Identity())
 
 
 def noised(x0, schedule, ts):
@@ -96,36 +97,78 @@ def plot_forward(figure):
     figure.tight_layout(pad=0.4)
 
 
-def plot_loss(figure):
-    """Training and validation loss of each run, its test loss as a star, and validation loss by quarter of t."""
-    paths = logs.split(",") if logs else [os.path.join(out_dir, "log.json")]
+def read_runs(paths):
+    """[(name, log)] of runs, given as folders or as their log.json, named after the folders.
+
+    Where config.json says that their losses differ in kind, the names say how.
+    """
+    paths = [os.path.join(path, "log.json") if os.path.isdir(path) else path for path in paths]
     for path in paths:
-        check(os.path.exists(path), f"no log {path}: train.py writes log.json into its out_dir")
-        check("train_loss" in data.read_json(path), f"{path} is not a log of train.py")  # gan.py has another log.json
-    folders = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in paths]
-    names = folders if len(set(folders)) == len(paths) else paths
-    runs = {name.replace("$", r"\$"): data.read_json(path) for name, path in zip(names, paths)}  # no formula
-    figure.set_size_inches(11, 4)
-    left, right = figure.subplots(1, 2)
-    for colour, (name, log) in zip(COLOURS * len(runs), runs.items()):
-        left.plot(log["step"], log["train_loss"], color=colour, lw=1, alpha=0.5, label=f"{name}: training")
-        if log["val_loss"]:  # not with val_fraction=0
-            left.plot(log["step"], log["val_loss"], color=colour, lw=1.8, label="validation")
-            for k, style in enumerate(("-", "--", "-.", ":")):
-                label, values = f"{name}: " * (k == 0) + f"quarter {k + 1}", [q[k] for q in log["val_quarters"]]
-                right.plot(log["step"], values, style, color=colour, lw=1.5, label=label)
-        if log.get("test_loss") is not None:
-            left.plot(log["step"][-1], log["test_loss"], "*", color=colour, ms=11, label=f"test {log['test_loss']:.4f}")
-    settled = [v for log in runs.values() for v in log["train_loss"][len(log["step"]) // 10 :] + log["val_loss"]]
-    settled = [v for v in settled if v is not None]  # it was not finite
-    if settled:  # not before the first validation
-        left.set_ylim(0.95 * min(settled), np.quantile(settled, 0.97) * 1.1)
-    left.set(title="loss", xlabel="step")
-    right.set(title="validation loss by quarter of t", xlabel="step", yscale="log")
+        check(os.path.exists(path), f"no log {path}: train.py and lab.gan write log.json into its out_dir")
+    found = list(map(data.read_json, paths))
+    for path, log in zip(paths, found):
+        check("log_loss" in log or "d_loss" in log, f"{path} is not a log of train.py or lab.gan")
+    check(len({"d_loss" in log for log in found}) == 1, "logs of train.py and of lab.gan: draw one kind at a time")
+
+    folders = [os.path.dirname(os.path.abspath(path)) for path in paths]
+    names = list(map(os.path.basename, folders))
+    names = names if len(set(names)) == len(names) else paths
+    files = [f"{folder}/config.json" for folder in folders]
+    settings = [data.read_json(path).get("config", {}) if os.path.exists(path) else {} for path in files]
+    differing = [key for key in SCALE if len({repr(own.get(key)) for own in settings}) > 1]
+    marks = [[f", {key} {own.get(key, 'unknown')}" for key in differing] for own in settings]
+    return [(name + "".join(mark), log) for name, mark, log in zip(names, marks, found)]
+
+
+def curve(axis, x, y, style, label, **how):
+    axis.plot(x, np.array(y, dtype=float), style, label=label, **how)  # None, of a loss that was not finite, is a gap
+
+
+def draw_run(left, right, name, log, colour):
+    """Every logged loss of a run of train.py, its validations, also by quarter of t, and its test loss as a star."""
+    thin = dict(color=colour, lw=0.7, ms=2, alpha=0.6)
+    curve(left, log["log_step"], log["log_loss"], ".-", f"training: {name}", **thin)
+    if log["val_loss"]:  # not with val_fraction=0
+        curve(left, log["step"], log["val_loss"], "o-", "validation", color=colour, lw=1.8, ms=5)
+        for k, style in enumerate(("o-", "o--", "o-.", "o:")):
+            label, values = f"quarter {k + 1}" + f": {name}" * (k == 0), [q[k] for q in log["val_quarters"]]
+            curve(right, log["step"], values, style, label, color=colour, lw=1.5, ms=3)
+    if log.get("test_loss") is not None:
+        label = f"test {log['test_loss']:.4f}"
+        curve(left, log["step"][-1:], [log["test_loss"]], "*", label, color=colour, ms=12)
+    left.set_title("training: raw weights with dropout; validation, test: averaged weights without", fontsize=9)
+    right.set_title("validation loss by quarter of t, from clean to noisy", fontsize=9)
     for axis in (left, right):
+        axis.set_yscale("log")  # the first losses are the largest
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(which="both", labelsize=8)
+
+
+def draw_gan(left, right, name, log, colour):
+    """Both losses of a run of lab.gan, and what its discriminator takes for real."""
+    thin = dict(color=colour, lw=1, ms=3)
+    curve(left, log["step"], log["d_loss"], ".-", f"D: {name}", **thin)
+    curve(left, log["step"], log["g_loss"], ".--", "G", **thin)
+    curve(right, log["step"], log["d_real"], ".-", f"of real images: {name}", **thin)
+    curve(right, log["step"], log["d_fake"], ".--", "of generated images", **thin)
+    left.set_title("loss of discriminator (D) and generator (G)", fontsize=9)
+    right.set_title("share that the discriminator takes for real", fontsize=9)
+
+
+def plot_loss(figure):
+    """The losses of runs, of one kind, all in the same two plots."""
+    runs = read_runs(logs.split(",") if logs else [out_dir])
+    figure.set_size_inches(12, 5)
+    axes = figure.subplots(1, 2)
+    for (name, log), colour in zip(runs, COLOURS * len(runs)):
+        (draw_gan if "d_loss" in log else draw_run)(*axes, name, log, colour)
+    for axis in axes:
+        axis.set_xlabel("step")
         axis.grid(alpha=0.3, which="both")
         if axis.lines:
-            axis.legend(fontsize=8, ncol=len(runs))
+            for text in axis.legend(fontsize=8, ncol=1 + (len(runs) > 2)).get_texts():
+                text.set_parse_math(False)  # two dollar signs in a name are no formula
     figure.tight_layout()
 
 
@@ -191,6 +234,8 @@ if __name__ == "__main__":
     configure(globals())
     check_choice("the first word, what to draw", what, PLOTS)
     check(find_spec("matplotlib"), "plot needs `pip install '.[plot]'`")
+    os.environ["MPLBACKEND"] = "agg"  # a file is drawn; the one of a notebook may not be there
+    os.environ["MPLBACKEND"] = "agg"  # a file is drawn; the one of a notebook may not be there
     from matplotlib.figure import Figure
 
     figure, path = Figure(), os.path.join(out_dir, f"plot_{what}.png")
