@@ -5,9 +5,9 @@ python -m lab.gan --classes=cat,frog                           conditional: labe
 python -m lab.gan --label_smoothing=0.1 --input_noise=0.1      two remedies against a discriminator that wins too early
 python -m lab.gan --per_class=5000                             a larger synthetic set
 
-Writes log.json, grids from fixed noise and training.gif of them, both networks as gan.pt, and a synthetic set in
-out_dir/synthetic, as augment.py does. For square images whose side can be halved to 4 or to an odd number, such as 32
-and 28.
+Writes config.json, log.json, grids from fixed noise and training.gif of them, both networks as gan.pt, and a synthetic
+set in out_dir/synthetic, as augment.py does. Stopped after gan.pt, the same command makes the set. For square images
+whose side can be halved to 4 or to an odd number, such as 32 and 28.
 """
 
 import math
@@ -115,26 +115,35 @@ class Discriminator(nn.Module):
 # settings, data, networks
 config, given = configure(globals())
 check(0 < ch <= 4096, f"ch: {ch} must be from 1 to 4096")
-for name in ("ckpt.pt", "gan.pt"):
+path, networks = f"{out_dir}/gan.pt", None
+for name in ("ckpt.pt", "synthetic/classes.json"):  # the last is what this script writes last
     check(not os.path.exists(f"{out_dir}/{name}"), f"{out_dir} holds an earlier run: use another --out_dir")
+if os.path.exists(path):  # trained, but stopped before the set was written
+    networks = torch.load(path, map_location="cpu", weights_only=True)
+    free = ("out_dir", "data_dir", "device", "per_class")
+    changed = [key for key in config if key not in free and config[key] != networks["config"].get(key)]
+    check(not changed, f"{out_dir} holds an earlier run, of another {', '.join(changed)}: use another --out_dir")
 device, _, _ = runtime.setup_device(device, "float32", "False")
 runtime.lock_folder(out_dir)
+data.save_json(f"{out_dir}/config.json", dict(config=config, machine=runtime.machine(device)))
 
 (images, labels), _, names = data.load_splits(dataset, data_dir, image_size, classes)
-n_train = data.training_count(len(images), val_fraction)
+(images, labels), _ = data.training_part(images, labels, names, val_fraction)
 if not conditional or labels is None:
     labels, names = None, names if len(names) == 1 else []  # the set of one class is labelled
 K, size, channels = 0 if labels is None else len(names), *images.shape[2:]
 check(side_and_widths(size)[1], f"image_size: {size} cannot be halved down to 4 or an odd number")
-batches = data.Batches(images[:n_train], labels[:n_train] if K else None, batch_size, seed, hflip, device=device)
+batches = data.Batches(images, labels, batch_size, seed, hflip, device=device)
 
 torch.manual_seed(seed)
 G, D = (kind(size, channels, K).apply(init_dcgan).to(device) for kind in (Generator, Discriminator))
 G_optimizer, D_optimizer = (torch.optim.Adam(net.parameters(), lr=lr, betas=(beta1, 0.999)) for net in (G, D))
 G_size, D_size = (f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f}M" for net in (G, D))
+counts = [f"{name} {(labels == k).sum()}" for k, name in enumerate(names if K else ())]
 print(
-    f"generator {G_size}, discriminator {D_size} parameters on {device}; {n_train} training images of "
-    f"{(channels, size, size)}, {K or 'no'} classes; {max_iters} steps, batch {batch_size}",
+    f"generator {G_size}, discriminator {D_size} parameters on {device}; {len(images)} training images of "
+    f"{(channels, size, size)}, {K or 'no'} classes; {max_iters} steps, batch {batch_size}"
+    f"{'; images of ' * bool(K)}{', '.join(counts[:10])}{', …' * (K > 10)}",
     flush=True,
 )
 
@@ -154,7 +163,7 @@ def generate(y, indices):
 history, frames = {"step": [], "d_loss": [], "g_loss": [], "d_real": [], "d_fake": []}, []
 grid_labels, start = torch.arange(min(10, max(1, K))).repeat_interleave(8), time.time()
 bce, ones = F.binary_cross_entropy_with_logits, torch.ones(batch_size, device=device)
-for step in range(1, max_iters + 1):
+for step in range(1, max_iters + 1) if networks is None else ():
     x, y = batches(step - 1)
     torch.manual_seed(seed_of(seed + 1, step - 1))
     z = torch.randn(batch_size, z_dim, device=device)
@@ -175,30 +184,33 @@ for step in range(1, max_iters + 1):
     G_optimizer.step()
 
     if step % log_interval == 0 or step == max_iters:
-        d, g, speed = d_loss.item(), g_loss.item(), step * batch_size / (time.time() - start)
+        d, g, seconds = d_loss.item(), g_loss.item(), max(1e-9, time.time() - start) / step  # a clock may stand still
         check(math.isfinite(d + g), f"the losses are {d:.3g} and {g:.3g} at step {step}: lower lr")
         shares = (d_real > 0).float().mean().item(), (d_fake > 0).float().mean().item()
         for key, value in zip(history, (step, d, g, *shares)):
             history[key].append(value)
         print(
             f"step {step:7d}  D loss {d:.4f}  G loss {g:.4f}  taken for real: {shares[0]:4.0%} of real, "
-            f"{shares[1]:4.0%} of generated  {speed:8.1f} images/s  "
-            f"{runtime.duration((max_iters - step) * batch_size / speed)} left",
+            f"{shares[1]:4.0%} of generated  {batch_size / seconds:8.1f} images/s  "
+            f"{runtime.duration((max_iters - step) * seconds)} left",
             flush=True,
         )
+        data.save_json(f"{out_dir}/log.json", history)
     if step == max_iters or sample_interval and step % sample_interval == 0:
         grid = generate(grid_labels, range(len(grid_labels))).numpy()
         frames.append(data.tile(grid, 8, names[:10] if K else ()))
         frames[-1].save(f"{out_dir}/samples_{step:06d}.png")
-        data.save_json(f"{out_dir}/log.json", history)
 
-# The film of the grids; the synthetic set, classes in turn, from other noise than the grids'; at last, the networks.
-frames[0].save(f"{out_dir}/training.gif", save_all=True, append_images=frames[1:], loop=0, duration=200)  # ms
+# The film of the grids, and the networks; at last the synthetic set, classes in turn, from other noise than the grids'.
+if networks is None:
+    frames[0].save(f"{out_dir}/training.gif", save_all=True, append_images=frames[1:], loop=0, duration=200)  # ms
+    networks = dict(generator=G.state_dict(), discriminator=D.state_dict(), config=config)
+    with runtime.atomic_write(path) as f:
+        torch.save(networks, f)
+G.load_state_dict(networks["generator"])
 y, made, start = torch.arange(max(1, K)).repeat(per_class), [], time.time()
 for part in torch.arange(len(y)).split(500):
     made.append(generate(y[part], (part + 2**30).tolist()))
     runtime.progress("synthetic", (int(part[-1]) + 1) / len(y), start)
 data.write_shards(f"{out_dir}/synthetic", torch.cat(made).numpy(), y.numpy() if names else None, names)
-with runtime.atomic_write(f"{out_dir}/gan.pt") as f:
-    torch.save(dict(generator=G.state_dict(), discriminator=D.state_dict(), config=config), f)
 print(f"{len(y)} images in {out_dir}/synthetic; {out_dir}/training.gif shows the same noise over training")

@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from conftest import classifier_flags, contents, flags, path_of
 from PIL import Image
 
 import data
-from ddpm import to_float
+from ddpm import seed_of, to_float, to_uint8
 
 
 def gan_flags(shards, out_dir, **changes):
@@ -41,20 +42,70 @@ def test_the_label_is_a_channel_of_both_networks(shards, tmp_path, run):
     assert inputs[True] == [n + 1 for n in inputs[False]] == [4, 5]
 
 
-def test_the_smoothed_loss_of_the_first_step(shards, tmp_path, monkeypatch):
-    """Targets 1 - s and s: the mean of log(1 + exp(logit)) - target logit, of real and of generated images."""
+def test_the_training_is_the_one_written_out_here(shards, tmp_path, monkeypatch):
+    """Two-sided smoothing, noise on all that D sees, falling to 0, and the non-saturating loss; grid and set of it."""
+    s, noise, seed, adam = 0.1, 0.5, 3, (1e-2, (0.6, 0.999))
+    how = gan_flags(shards, tmp_path, max_iters=3, seed=seed, label_smoothing=s, input_noise=noise, lr=1e-2, beta1=0.6)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    logits = {}
-    for s, noise in ((0.0, 0.0), (0.2, 0.0), (0.2, 0.5)):
-        how = gan_flags(shards, tmp_path / f"{s} {noise}", max_iters=1, label_smoothing=s, input_noise=noise)
-        monkeypatch.setattr(sys, "argv", ["gan.py", *how])
-        last = runpy.run_path(path_of("gan"), run_name="__main__")
-        real, fake = logits[s, noise] = last["d_real"].detach(), last["d_fake"].detach()
-        loss = (F.softplus(real) - (1 - s) * real).mean() + (F.softplus(fake) - s * fake).mean()
-        (logged,) = data.read_json(f"{tmp_path}/{s} {noise}/log.json")["d_loss"]
-        assert logged == pytest.approx(loss.item(), rel=1e-6)
-    assert all(torch.equal(a, b) for a, b in zip(logits[0.0, 0.0], logits[0.2, 0.0]))
-    assert not any(torch.equal(a, b) for a, b in zip(logits[0.2, 0.5], logits[0.2, 0.0]))
+    monkeypatch.setattr(sys, "argv", ["gan.py", *how])
+    script = runpy.run_path(path_of("gan"), run_name="__main__")
+    (images, labels), _, names = data.load_splits(f"{shards}/tiny")
+    batches = data.Batches(*data.training_part(images, labels, names, 0.1)[0], 8, seed)
+    torch.manual_seed(seed)
+    G, D = (script[kind](8, 3, 3).apply(script["init_dcgan"]) for kind in ("Generator", "Discriminator"))
+    G_optimizer, D_optimizer = (torch.optim.Adam(net.parameters(), *adam) for net in (G, D))
+    for step, sigma in enumerate((noise, noise * 2 / 3, noise / 3)):
+        x, y = batches(step)
+        torch.manual_seed(seed_of(seed + 1, step))
+        fake = G(torch.randn(8, 5), y)
+        real_logit = D(x + sigma * torch.randn(x.shape), y)
+        fake_logit = D(fake.detach() + sigma * torch.randn(x.shape), y)
+        log_real = (1 - s) * F.logsigmoid(real_logit) + s * F.logsigmoid(-real_logit)
+        log_fake = s * F.logsigmoid(fake_logit) + (1 - s) * F.logsigmoid(-fake_logit)
+        D_optimizer.zero_grad()
+        (d_loss := -(log_real + log_fake).mean()).backward()
+        D_optimizer.step()
+        g_loss = -F.logsigmoid(D(fake + sigma * torch.randn(x.shape), y)).mean()
+        G_optimizer.zero_grad()
+        g_loss.backward()
+        G_optimizer.step()
+    log, networks = data.read_json(f"{tmp_path}/log.json"), torch.load(tmp_path / "gan.pt", weights_only=True)
+    assert (log["d_loss"][-1], log["g_loss"][-1]) == pytest.approx((d_loss.item(), g_loss.item()), rel=1e-5)
+    for net, found in ((G, networks["generator"]), (D, networks["discriminator"])):
+        for key, p in net.named_parameters():  # a bias before a norm has no gradient but rounding
+            assert p.ndim == 1 or torch.allclose(p, found[key], rtol=0, atol=1e-4), key
+
+    def images_of(first, y):
+        streams = [torch.Generator().manual_seed(seed_of(seed, first + k)) for k in range(len(y))]
+        with torch.no_grad():
+            return to_uint8(G.eval()(torch.stack([torch.randn(5, generator=g) for g in streams]), y)).numpy()
+
+    G.load_state_dict(networks["generator"])
+    images, labels, _ = data.read_shards(f"{tmp_path}/synthetic")
+    assert labels.tolist() == [0, 1, 2, 0, 1, 2] and np.array_equal(images, images_of(2**30, torch.tensor(labels)))
+    grid = data.tile(images_of(0, torch.arange(3).repeat_interleave(8)), 8, names)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "samples_000003.png")), np.asarray(grid))
+
+
+def test_stopped_before_its_set_it_goes_on_with_its_networks(shards, tmp_path, run, fails, monkeypatch):
+    run("gan", *gan_flags(shards, tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "write_shards", lambda *_: open(tmp_path / "no disk"))
+        assert "no disk" in fails("gan", *gan_flags(shards, tmp_path / "cut"))
+    assert "an earlier run, of another lr:" in fails("gan", *gan_flags(shards, tmp_path / "cut", lr=1e-3))
+    monkeypatch.setattr(time, "time", lambda: 1.0)  # nor does a clock matter that stands still
+    assert "D loss" not in run("gan", *gan_flags(shards, tmp_path / "cut"))
+    assert "D loss" in run("gan", *gan_flags(shards, tmp_path / "still"))
+    for name in ("cut", "still"):
+        assert contents(tmp_path / "whole" / "synthetic") == contents(tmp_path / name / "synthetic")
+    assert data.read_json(tmp_path / "cut" / "config.json")["config"]["ch"] == 4
+
+
+def test_every_class_has_training_images(shards, tmp_path, fails):
+    images, labels, names = data.read_shards(f"{shards}/tiny/train")
+    data.write_shards(f"{tmp_path}/set", images[labels > 0], labels[labels > 0], names)
+    said = fails("gan", *gan_flags(shards, tmp_path / "out", dataset=f"{tmp_path}/set"))
+    assert f"no training images of {names[0]}" in said
 
 
 @pytest.mark.parametrize("name,shape", (("fashion_mnist", (28, 28, 1)), ("cifar10", (32, 32, 3)), ("tiny", (8, 8, 3))))
