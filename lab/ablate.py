@@ -12,7 +12,6 @@ sample from the same noise. Resumable: run the same command again, even after ki
 import hashlib
 import math
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -20,12 +19,11 @@ import sys
 import time
 
 import numpy as np
-import torch
 
 from configurator import HERE, configure, run_config, settings_in
 from data import load_array, read_json, save_json, tile
 from ddpm import LOSSES, SCHEDULES, check, check_choice, load_checkpoint
-from runtime import atomic_write, duration, lock_folder
+from runtime import atomic_write, duration, lock_folder, machine, setup_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 seeds = 1  # training runs of each cell
@@ -100,14 +98,15 @@ STUDIES = {
     ),
     "mistuned": dict(
         config="config/shapes.py",
-        base=dict(schedule="linear", max_iters=831),
+        base=dict(max_iters=1500),  # the quick start's own recipe; its cosine schedule has no beta_end
         n=(500,),
         cells={
             "as it should be": {},
             "lr 10 times too large": dict(lr=2e-2),
-            "beta_end too small": dict(beta_end=0.004),
-            "beta_end too large": dict(beta_end=0.5),
-            "T = 50 with T = 500's betas": dict(timesteps=50),
+            "linear schedule, as it should be": dict(schedule="linear"),
+            "linear, beta_end too small": dict(schedule="linear", beta_end=0.004),
+            "linear, beta_end too large": dict(schedule="linear", beta_end=0.5),
+            "linear, T = 50 with T = 500's betas": dict(schedule="linear", timesteps=50),
             "half of the labels dropped": dict(p_uncond=0.5),
             "no EMA": dict(ema=False),
             "guidance w = 12 at every step": dict(w=12.0, interval=()),
@@ -194,13 +193,13 @@ def make_cell(study, title, k):
 def is_trained(cell):
     """Whether the cell's model has taken all of its steps."""
     if cell["script"] == "gan":
-        return os.path.exists(f"{cell['model_dir']}/gan.pt")  # what it writes last
+        return os.path.exists(f"{cell['model_dir']}/synthetic/classes.json")  # what it writes last
     path = f"{cell['model_dir']}/ckpt.pt"
     return os.path.exists(path) and load_checkpoint(path)["step"] == cell["steps"]
 
 
 def train_cell(cell):
-    """Trains a cell's model, or goes on with it; a GAN starts again."""
+    """Trains a cell's model, or goes on with it; a GAN that was not trained to the end starts again."""
     os.makedirs(cell["model_dir"], exist_ok=True)
     if not is_trained(cell):
         how = "resume" if os.path.exists(f"{cell['model_dir']}/ckpt.pt") else "train"
@@ -212,29 +211,19 @@ def sample_and_score(cell):
     """What the table needs of a trained cell: a dict for each n."""
     os.makedirs(cell["cell_dir"], exist_ok=True)
     result, results = {key: cell[key] for key in ("title", "seed", "key", "classes", "steps", "images")}, []
-    result |= dict(val_loss=None, machine=machine())
+    result |= dict(val_loss=None, machine=machine(setup_device(device)[0]))
     if cell["script"] == "train":
         history = load_checkpoint(f"{cell['model_dir']}/ckpt.pt")["history"]
         result["val_loss"] = (history["val_loss"] or [None])[-1]
+    path = f"{cell['cell_dir']}/evaluate.json"
     for command in cell["measure"]:
+        if os.path.exists(path):
+            os.remove(path)  # of the n before this one, or of a study that was stopped
         run(command, f"{cell['cell_dir']}/log.txt")
         if command[0] == "evaluate":
-            samples, real = read_json(f"{cell['cell_dir']}/evaluate.json")["scores"].values()
+            samples, real = read_json(path)["scores"].values()
             results.append(result | samples | dict(real=real))
     return results
-
-
-def machine():
-    """What a result needs beside its numbers: the commit, the machine and torch."""
-    done = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    name = platform.machine()
-    if torch.cuda.is_available() and device != "cpu":
-        name = torch.cuda.get_device_name()
-    elif os.path.exists("/proc/cpuinfo"):  # Linux tells the model
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            name = next((line.split(": ")[1].strip() for line in f if line.startswith("model name")), name)
-    threads = torch.get_num_threads()
-    return f"commit {done.stdout.strip() or 'unknown'}, {name}, {threads} threads, torch {torch.__version__}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,8 +290,8 @@ def main():
         return
 
     # What is done already: the runs in STUDY.json. They have to be of the same settings.
-    lock_folder(work_dir)
-    os.makedirs(results_dir, exist_ok=True)
+    for folder in {os.path.realpath(folder) for folder in (work_dir, results_dir)}:
+        lock_folder(folder)
     path, keys = f"{results_dir}/{name}", {cell["title"]: cell["key"] for cell in plan}
     content = read_json(f"{path}.json") if os.path.exists(f"{path}.json") else dict(runs=[])
     for r in content["runs"]:

@@ -18,16 +18,16 @@ import torch.nn.functional as F
 import data
 from configurator import configure
 from ddpm import UserError, check, check_choice, to_float
-from runtime import atomic_write, progress, setup_device
+from runtime import atomic_write, lock_folder, new_path, progress, setup_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what is compared
 samples = ""  # a folder of shards or images; default out_dir/synthetic
-out_dir = "out"  # results go here
+out_dir = "out"  # results go here: evaluate.json, or if there is one, evaluate-2.json, …
 dataset = "cifar10"  # the real images: fashion_mnist, flowers102, shapes, or a folder
 data_dir = "data"
 classes = ""  # cat,frog keeps only these; default all
-image_size = 0  # 0: the data set's own
+image_size = 0  # 0: the samples'
 split = "train"  # the real split to compare with: train or test
 n = 0  # images of each set, the same number of each class; 0: as many as possible
 seed = 0  # of the choice of images
@@ -56,9 +56,10 @@ class Lite0:
         self.title, self.head = f"EfficientNet-Lite0, 1280 features, images resized to {resize}", None
 
     def __call__(self, images):
+        images = images.cpu() if self.device == "mps" else images  # torch 2.6 cannot antialias there
         x = to_float(images)  # the network was trained on [-1, 1] as well
         x = F.interpolate(x, size=(resize, resize), mode="bilinear", align_corners=False, antialias=True)
-        return self.net.extract_features(x).mean(dim=(2, 3))
+        return self.net.extract_features(x.to(self.device)).mean(dim=(2, 3))
 
 
 class Inception:
@@ -163,8 +164,7 @@ def seen_by_generator(folder, images, labels):
 
     None if it saw others too: n_real of another data set, or those of an earlier training (init_from).
     """
-    path = f"{folder}/manifest.json"
-    trained_on = data.read_json(path).get("trained_on", {}) if os.path.exists(path) else {}
+    trained_on = data.manifest_of(folder).get("trained_on", {})
     earlier, n_real = trained_on.pop("init_from", trained_on), trained_on.get("n_real", 0)
     n_train = len(images) - int(len(images) * trained_on.get("val_fraction", 0))
     same = data.fingerprint(images[n_train:]) == trained_on.get("validation") and n_real <= n_train
@@ -209,7 +209,9 @@ def main(config):
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # the same scores on every device
 
     # Three sets: the real reference, other real images to compare with, and the samples.
-    train, test, names = data.load_splits(dataset, data_dir, image_size, classes)
+    folder = samples or f"{out_dir}/synthetic"
+    size = image_size or data.image_size_of(folder)
+    train, test, names = data.load_splits(dataset, data_dir, size, classes)
     other, halves = "test" if split == "train" else "train", test[0] is None
     if halves:
         check(split == "train", f"{dataset} has no test split")
@@ -217,7 +219,6 @@ def main(config):
         train, test = ([None if a is None else a[half] for a in train] for half in order)
         other = "other half of train"
     reference, control = (train, test) if split == "train" else (test, train)
-    folder = samples or f"{out_dir}/synthetic"
     generated = data.load_samples(folder, reference[0], names, data_dir)
     sizes = [len(pair[0]) for pair in (generated, reference, control)]
     count = n or min(sizes)
@@ -230,8 +231,8 @@ def main(config):
         network = Lite0(on) if features == "lite0" else Inception(on)
     except ImportError:
         raise UserError("evaluate needs `pip install '.[eval]'`") from None
-    for path in (cache_dir, out_dir):
-        os.makedirs(path, exist_ok=True)
+    lock_folder(out_dir)
+    os.makedirs(cache_dir, exist_ok=True)
     cache = f"{cache_dir}/{os.path.basename(os.path.abspath(dataset))}"
     fd, kd, last = ("FD", "KD", "") if features == "lite0" else ("FID", "KID", "     IS")
     print(f"samples: {folder}\nreference: {dataset}, {split} split; {count} images of each\n{network.title}")
@@ -250,6 +251,7 @@ def main(config):
 
     # Are the samples copies of training images?
     name = f"{out_dir}/evaluate" + ("" if features == "lite0" else "_inception")
+    name = new_path(f"{name}.json").removesuffix(".json")  # of an earlier result nothing is replaced
     seen = seen_by_generator(folder, *train)
     m = min(count, len(seen[0]))
     if halves or m == 0 or len(test[0]) < m:

@@ -10,10 +10,14 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import HERE, TIMEOUT, environment, path_of
 
 import data
-from configurator import settings_in
+from configurator import run_config, settings_in
+from ddpm import load_model, to_uint8
+from lab import ablate
+from runtime import setup_device
 
 STUDIES = "schedules linear_cosine weighting objective timesteps sizes ema_guidance conditional gan mistuned".split()
 
@@ -27,7 +31,7 @@ def planned(run, *words):
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_dry_run_lists_every_command_with_settings_that_exist(study, run):
-    cells = dict(schedules=12, gan=8, mistuned=9, sizes=5, ema_guidance=4, timesteps=4, linear_cosine=2).get(study, 3)
+    cells = dict(schedules=12, gan=8, mistuned=10, sizes=5, ema_guidance=4, timesteps=4, linear_cosine=2).get(study, 3)
     scripts = {}
     for cell, script, settings in planned(run, study, "--seeds=2"):
         scripts.setdefault(cell, []).append(script)
@@ -56,9 +60,33 @@ def test_a_cells_settings_reach_the_script_that_has_them(run):
     assert (guided["w"], guided["interval"], guided["per_class"]) == ("12.0", "", "6")
     assert by["lr 10 times too large, seed 0", "train"]["lr"] == "0.02"
     assert {s["max_iters"] for (_, script), s in by.items() if script == "train"} == {"9"}
+    right = planned(run, "mistuned")[0][2]  # the quick start itself
+    assert right.keys() == {"max_iters", "seed", "data_dir", "out_dir", "device"}
+    assert right["max_iters"] == str(run_config("config/shapes.py")["max_iters"])
     by = {(cell, script): settings for cell, script, settings in planned(run, "conditional")}
     cats, both = (by[f"cats, trained on {images}, seed 0", "evaluate"] for images in ("cats", "both"))
     assert cats["classes"] == both["classes"] == "cat" and cats["samples"] != both["samples"]
+
+
+def test_seeds_and_sampling_settings_reach_the_samples(shards, tmp_path, run, monkeypatch):
+    monkeypatch.setattr(ablate, "work_dir", str(tmp_path))
+    monkeypatch.setattr(ablate, "device", "cpu")
+    base = dict(dataset=f"{shards}/shapes", max_iters=2, warmup_iters=0, lr=0.02, ch=8, batch_size=4, timesteps=20)
+    cells = dict(plain={}, other=dict(w=3.0, interval=(), sampler="ddim", steps=4, eta=0.5, ema=False))
+    study = dict(config="config/shapes.py", base=base | dict(sample_interval=0), n=(20,), cells=cells)
+    usual = dict(w=1.0, interval=(0.25, 4.0), sampler="dpm++", steps=10, eta=0.0)  # augment.py's
+    weights, y, amp_dtype = {}, torch.arange(10).repeat(2), setup_device("cpu")[1]
+    for title, seed in (("plain", 0), ("other", 0), ("plain", 1)):
+        cell = ablate.make_cell(study, title, seed)
+        for command in ([] if seed in weights else [cell["train"]]) + cell["measure"][:1]:
+            run(*command)
+        how = usual | cells[title]
+        model, content = load_model(f"{cell['model_dir']}/ckpt.pt", how.pop("ema", True), "cpu", amp_dtype)
+        weights[seed] = content["model"]["net.stem.weight"]
+        images, labels, _ = data.read_shards(cell["samples"])
+        expected = to_uint8(model.sample(y, seed=0, **how)).numpy().astype(int)
+        assert labels.tolist() == y.tolist() and abs(images - expected).max() <= 1  # rounding
+    assert not torch.allclose(weights[0], weights[1], atol=0.05)
 
 
 def test_the_table():

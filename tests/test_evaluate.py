@@ -1,11 +1,13 @@
 """evaluate.py: distances against formulas, the memorisation test against chance and copies, both feature networks."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import flags
+from PIL import Image
 
 import data
 from lab import evaluate
@@ -18,7 +20,8 @@ def feature_sets(n=90, k=70, d=12):
 
 
 def evaluation(root, samples, **changes):
-    """Flags that score a sample folder against the real shapes."""
+    """Flags that score a sample folder against the real shapes. Earlier results are removed."""
+    shutil.rmtree(f"{root}/out", ignore_errors=True)
     settings = dict(dataset=f"{root}/real", data_dir=f"{root}/data", out_dir=f"{root}/out", cache_dir=f"{root}/kept")
     return flags(**settings | dict(samples=samples, resize=32, device="cpu") | changes)
 
@@ -112,7 +115,7 @@ def test_generator_saw_what_its_manifest_says(tmp_path):
     cases += [(made_with | dict(validation="other"), range(20)), (few | dict(validation="other"), ())]
     for trained_on, expected in cases:
         if trained_on:
-            data.save_json(f"{tmp_path}/manifest.json", dict(trained_on=trained_on))
+            data.save_json(f"{tmp_path}/manifest.json", dict(complete=True, trained_on=trained_on))
         seen, seen_labels = evaluate.seen_by_generator(tmp_path, images, labels)
         assert np.array_equal(seen, images[list(expected)]), trained_on
         assert not len(seen) or np.array_equal(seen_labels, labels[list(expected)])
@@ -128,6 +131,24 @@ def test_table_says_what_was_compared(real_shapes, run):
     assert 0 < samples["fd"] < real["fd"]
     found = result(real_shapes)["memorisation"]
     assert found["share"] > 0.55 and (found["train"], found["of"], found["test"]) == (100, 300, 100)
+
+
+def test_a_result_is_not_replaced(real_shapes, run):
+    command = evaluation(real_shapes, f"{real_shapes}/copied", n=40)
+    for seed, name in enumerate(("evaluate", "evaluate-2")):
+        run("evaluate", *command, f"--seed={seed}")
+        assert os.path.exists(f"{real_shapes}/out/{name}_nearest.png")
+    assert [result(real_shapes, name)["config"]["seed"] for name in ("evaluate", "evaluate-2")] == [0, 1]
+
+
+def test_real_images_are_decoded_at_the_size_of_the_samples(tmp_path, run):
+    images = np.random.default_rng(0).integers(256, size=(60, 16, 16, 3), dtype=np.uint8)
+    data.write_shards(f"{tmp_path}/samples", images[:20], None, [])
+    os.mkdir(f"{tmp_path}/real")
+    for k, image in enumerate(images[20:]):
+        Image.fromarray(image).save(f"{tmp_path}/real/{k}.png")
+    run("evaluate", *evaluation(tmp_path, f"{tmp_path}/samples"))
+    assert result(tmp_path)["n"] == 20
 
 
 def test_copied_samples_are_found(real_shapes, run):
