@@ -7,13 +7,12 @@ python -m lab.bench --peer=lucidrains --batch_size=16       against denoising-di
 
 Peers are used as in their documentation. diffusers: UNet2DModel, AdamW, clipping, EMAModel, its schedulers' loop with
 both branches of the guidance in one batch. lucidrains: GaussianDiffusion with Adam and EMA. All sides get the same
-batch of random images, dtype and compiler. A recipe is whatever train.py could be given.
+batch of random images, dtype and compiler. NHWC, on a GPU: ours, compiled to convolve channels-last. A recipe is
+whatever train.py could be given.
 """
 
 import copy
 import math
-import os
-import platform
 import statistics
 import time
 from types import SimpleNamespace
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from configurator import configure
 from data import Batches
 from ddpm import DDPM, SAMPLERS, DDPMConfig, UserError, check, check_choice, make_optimizer, update_ema
-from runtime import setup_device
+from runtime import machine, setup_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 peer = ""  # diffusers or lucidrains
@@ -59,7 +58,7 @@ def medians(functions):
             for _ in range(calls):
                 function()
             synchronize()
-            times[name].append((time.perf_counter() - start) / calls)
+            times[name].append(max(1e-9, time.perf_counter() - start) / calls)  # a clock may stand still
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
@@ -91,7 +90,7 @@ class Side:
 class Ours(Side):
     """train.py's step (gathering, flips and label dropout included; no grad_accum), and our samplers."""
 
-    def __init__(self):
+    def __init__(self, use_compile):
         super().__init__()
         args = {key: config[key] for key in DDPMConfig.__dataclass_fields__ if key in config}
         args |= dict(image_size=size, channels=channels, num_classes=K)
@@ -100,7 +99,7 @@ class Ours(Side):
         self.optimizer = make_optimizer(self.model, s.lr, s.weight_decay)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         if use_compile:
-            self.model.net.compile(dynamic=False)
+            self.model.net.compile(**use_compile)
 
     def train(self):
         self.model.train()
@@ -140,7 +139,7 @@ class Diffusers(Side):
             resnet_time_scale_shift="scale_shift",
             freq_shift=1,
         ).to(s.device)
-        self.net = torch.compile(self.model, dynamic=False) if use_compile else self.model
+        self.net = torch.compile(self.model, **use_compile) if use_compile else self.model
         betas = dict(num_train_timesteps=s.timesteps, beta_start=s.beta_start, beta_end=s.beta_end)
         self.schedulers = {
             "ddpm": diffusers.DDPMScheduler(**betas),
@@ -197,7 +196,7 @@ class Lucidrains(Side):
         self.optimizer = torch.optim.Adam(self.diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
         self.ema = EMA(self.diffusion, beta=0.995, update_every=10)
         if use_compile:
-            self.model.forward = torch.compile(self.model.forward, dynamic=False)
+            self.model.forward = torch.compile(self.model.forward, **use_compile)
 
     def train(self):
         x0, y = batches(self.step)
@@ -236,18 +235,6 @@ def bench_sample():
             print_rows(f"{sampler}, {s.steps} steps, w={w:g}", seconds, s.num_samples)
 
 
-def machine():
-    """The device, its driver and torch."""
-    if s.device.startswith("cuda"):
-        driver = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
-        return f"{torch.cuda.get_device_name()}, {driver}, torch {torch.__version__}"
-    name = platform.machine()
-    if os.path.exists("/proc/cpuinfo"):  # Linux tells the model
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            name = next((line.split(": ")[1].strip() for line in f if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 PARTS, PEERS = dict(train=bench_train, sample=bench_sample), dict(diffusers=Diffusers, lucidrains=Lucidrains)
 check_choice("peer", s.peer, ("", *PEERS))
@@ -264,9 +251,14 @@ channels, K = 1 if s.dataset == "fashion_mnist" else 3, 102 if s.dataset == "flo
 torch.manual_seed(s.seed)
 images, labels = torch.randint(256, (1000, size, size, channels), dtype=torch.uint8).numpy(), np.arange(1000) % K
 batches = Batches(images, labels, s.batch_size, s.seed, s.hflip, s.crop, device=s.device)
-sides = {"nanoDDPM": Ours()} | ({s.peer: PEERS[s.peer]()} if s.peer else {})
+sides = {"nanoDDPM": Ours(use_compile)}
+if use_compile and s.device.startswith("cuda"):  # whether channels-last convolutions pay on this GPU
+    sides["NHWC"] = Ours(setup_device(s.device, s.dtype, "channels_last")[2])
+if s.peer:
+    sides[s.peer] = PEERS[s.peer]()
 sizes = [f"{name} {sum(p.numel() for p in side.model.parameters()) / 1e6:.2f}M" for name, side in sides.items()]
-print(machine())
+driver = f", CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if s.device.startswith("cuda") else ""
+print(machine(s.device) + driver)
 print(
     f"{s.device}, {amp_dtype or torch.float32}, {'compiled' if use_compile else 'eager'}; "
     f"parameters: {', '.join(sizes)}; medians of {s.rounds}",

@@ -2,10 +2,14 @@
 
 import re
 import sys
+import time
 
 import pytest
 import torch
 from conftest import flags
+
+from ddpm import DDPM, DDPMConfig
+from runtime import setup_device
 
 SMALL = dict(device="cpu", batch_size=2, rounds=1, steps=2, num_samples=10, timesteps=15, image_size=8)
 SMALL |= dict(beta_end=0.6, ch_mult="1,2")
@@ -34,6 +38,23 @@ def test_scales_the_loss_of_float16_alone(dtype, run, monkeypatch):
     monkeypatch.setattr(torch.amp.GradScaler, "unscale_", lambda s, o: (steps.append(s.is_enabled()), unscale(s, o)))
     run("bench", "config/shapes.py", *flags(**SMALL | TINY | dict(dtype=dtype, what="train")))
     assert steps == [dtype == "float16"] * 2  # a step to warm up, and one
+
+
+def test_a_clock_that_stands_still_is_no_error(run, monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", lambda: 1.0)
+    assert " images/s " in run("bench", "config/shapes.py", *flags(**SMALL, **TINY, what="train"))
+
+
+@pytest.mark.slow
+def test_channels_last_convolutions_give_the_same_loss():
+    shape = dict(image_size=8, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), timesteps=20)
+    model = DDPM(DDPMConfig(**shape, beta_end=0.6, dropout=0.0))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0, 0.1)
+    given = torch.rand(4, 3, 8, 8) * 2 - 1, None, *model.random_t_eps(4)
+    expected = model(*given)
+    model.net.compile(**setup_device("cpu", "float32", "channels_last")[2])
+    assert torch.allclose(model(*given), expected, rtol=1e-4)
 
 
 def test_takes_any_recipe_of_train_py(run):
