@@ -2,6 +2,7 @@
 
 python augment.py                                          5000 per class from out/ckpt.pt into out/synthetic
 python augment.py --out_dir=out-shapes --per_class=500     from another run
+python augment.py --vary=1.2                               variations of the training images instead of pure samples
 torchrun --nproc_per_node=gpu augment.py                   the shards split over all GPUs: the same images
 
 Resumable: run the same command again, even after kill -9; a larger per_class adds to what is there. Without a
@@ -13,16 +14,18 @@ import math
 import os
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 import data
 import runtime
 from configurator import configure
-from ddpm import check
+from ddpm import check, image_noise, make_generator, sigma_of, to_float
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = "out"  # the checkpoint is here
+checkpoint = ""  # another checkpoint, a path
 synthetic_dir = ""  # the shards go here; default out_dir/synthetic
 per_class = 5000  # images of each class
 classes = ""  # names or numbers; default all
@@ -33,6 +36,9 @@ interval = (0.25, 4.0)  # guide only while sigma = sqrt(1 / alpha_bar - 1) is be
 sampler = "dpm++"  # ddpm, ddim
 steps = 10  # of the model's T
 eta = 0.0  # ddim's noise: 1 makes it ddpm
+vary = 0.0  # above 0: start from training images with so much noise (sigma) instead of from noise alone
+dataset = ""  # of vary: the training images; default those that train.py was given
+data_dir = "data"  # of vary
 ema = True  # the averaged weights; False: the raw ones
 batch_size = 100  # images sampled at once
 shard_size = 1000  # images per file, about: each class has the same number
@@ -46,19 +52,34 @@ configure(globals())
 # Model and settings. The images are a function of these settings alone.
 device, amp_dtype, use_compile = runtime.setup_device(device, dtype, use_compile)
 rank, world = runtime.join_processes("cpu")  # by gloo: only a list and barriers pass between the processes
-model, checkpoint = runtime.open_model(out_dir, ema, device, amp_dtype)
+model, saved = runtime.open_model(out_dir, checkpoint, ema, device, amp_dtype)
+trained_on = saved.get("trained_on", {})
 names = list(model.config.class_names) or [str(k) for k in range(model.K)]
 labels = data.class_ids(classes, names, unique=True) if classes else list(range(max(1, model.K)))
 C = len(labels)
 w = runtime.resolve_guidance(w, guidance_scale, 1.0, model)
+if w <= -1:  # the network saw no labels, or was pushed away from them
+    names = []
 sampling = dict(w=w, interval=list(interval) if w > 0 else [], seed=seed, sampler=sampler, steps=steps, eta=eta)
 model.check_sampling(torch.tensor(labels) if model.K else None, **{k: v for k, v in sampling.items() if k != "seed"})
 weights = hashlib.sha256(repr(model.config).encode())
 for p in model.state_dict().values():
     weights.update(p.cpu().numpy().tobytes())
 each = max(1, shard_size // C)  # images of every class in a shard, the classes in turn; the last shard has fewer
-settings = sampling | dict(weights=weights.hexdigest(), per_class=per_class, shard_size=each * C)
+settings = sampling | dict(vary=vary, weights=weights.hexdigest(), per_class=per_class, shard_size=each * C)
 settings |= dict(classes=[names[k] for k in labels if names], dtype=str(amp_dtype or torch.float32))
+if vary:
+    source, kept = dataset or trained_on.get("dataset", "cifar10"), trained_on.get("classes", "")
+    real, real_labels, real_names = data.load(source, "train", data_dir, model.shape[1], kept)
+    part = trained_on.get("val_fraction", 0), trained_on.get("n_real", 0)
+    (real, real_labels), (held_out, _) = data.training_part(real, real_labels, real_names, *part)
+    check(real_names == names or not model.K, f"vary: {source} has classes {real_names}, the model {names}")
+    if rank == 0 and data.fingerprint(held_out) != trained_on.get("validation"):
+        print(f"note: the model was trained on other images than these of {source}")
+    groups = [np.flatnonzero(real_labels == k) if model.K else np.arange(len(real)) for k in labels]
+    vary_t = min(range(model.T), key=lambda t: abs(math.log(sigma_of(model.abar[t]) / vary)))
+    check(steps <= vary_t + 1, f"steps: {steps}, but sigma {vary} is step {vary_t} of the model")
+    settings |= dict(varied=data.fingerprint(real))
 folder, n_shards = synthetic_dir or os.path.join(out_dir, "synthetic"), math.ceil(per_class / each)
 manifest = f"{folder}/manifest.json"
 
@@ -73,6 +94,15 @@ def files_of(i):
 
 def is_done(i):
     return all(os.path.exists(path) and len(data.load_array(path)) == images_in(i) for path in files_of(i))
+
+
+def start_of(indices):
+    """Where the images `indices` start: at step vary_t of real images of their classes, which come in turn; or None."""
+    if not vary:
+        return None
+    chosen = [groups[k % C][k // C % len(groups[k % C])] for k in indices]
+    x0, t = to_float(torch.tensor(real[chosen])).to(device), torch.full((len(chosen),), vary_t, device=device)
+    return vary_t, model.q_sample(x0, t, image_noise([make_generator(seed, k) for k in indices], model.shape, device))
 
 
 def open_folder():
@@ -100,7 +130,7 @@ if world > 1:
 mine = todo[0][rank::world]
 total, made, start = sum(map(images_in, mine)), 0, time.time()
 if use_compile:
-    model.net.compile(dynamic=False)
+    model.net.compile(**use_compile)
 if rank == 0:
     print(
         f"w={w:g} (guidance_scale={1 + w:g}), interval {sampling['interval']}, {sampler}, {steps} steps, seed {seed}; "
@@ -108,8 +138,10 @@ if rank == 0:
         flush=True,
     )
 for i in mine:
-    first, y, images = i * each * C, torch.tensor(labels).repeat(images_in(i) // C), []
-    for batch in model.sample_batches(y if model.K else None, range(first, first + len(y)), batch_size, **sampling):
+    indices, images = range(i * each * C, i * each * C + images_in(i)), []
+    y = torch.tensor(labels).repeat(len(indices) // C)
+    how = dict(start=start_of(indices)) | sampling
+    for batch in model.sample_batches(y if model.K else None, indices, batch_size, **how):
         images.append(batch)
         if rank == 0:
             runtime.progress(f"shard {i}", (made + sum(map(len, images))) / total, start)
@@ -124,8 +156,8 @@ if world > 1:
     dist.barrier()
 if rank == 0:
     hashes = {os.path.basename(path): data.file_hash(path) for i in range(n_shards) for path in files_of(i)}
-    content = dict(complete=True, settings=settings, shards=hashes, trained_on=checkpoint.get("trained_on", {}))
-    data.save_json(manifest, content | dict(step=checkpoint["step"], device=device, torch=torch.__version__))
+    content = dict(complete=True, settings=settings, shards=hashes, trained_on=trained_on)
+    data.save_json(manifest, content | dict(step=saved["step"], device=device, torch=torch.__version__))
     columns = min(8, images_in(0) // C)
     preview = data.load_array(f"{folder}/images_00000.npy")[: columns * C]
     preview = preview.reshape(columns, C, *model.shape[1:], -1).swapaxes(0, 1).reshape(preview.shape)

@@ -20,11 +20,11 @@ import torch
 import data
 from configurator import configure
 from ddpm import check, check_choice, learning_rate, make_generator, to_float
-from runtime import setup_device
+from runtime import lock_folder, new_path, setup_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 # data
-dataset = "cifar10"  # fashion_mnist, flowers102, shapes, or a folder with train/ and test/
+dataset = "cifar10"  # cifar100, mnist, fashion_mnist, flowers102, shapes, or a folder with train/ and test/
 data_dir = "data"
 classes = ""  # cat,frog keeps only these; default all
 image_size = 0  # 0: the data set's own
@@ -305,12 +305,11 @@ ARMS = ("real", "real+synthetic", "synthetic", "real+real")
 
 def arm_images(arm, real, synthetic, seed):
     """(images, labels) of an arm. real+real repeats real images where real+synthetic has synthetic ones."""
-    chosen = data.balanced(*real, n_real, 0)
-    parts = [(real, chosen)] if "real" in arm.split("+") else []
+    parts = [(real, np.arange(len(real[0])))] if "real" in arm.split("+") else []
     if "synthetic" in arm:
         parts.append((synthetic, data.balanced(*synthetic, n_synthetic, seed)))
     if arm == "real+real":
-        parts.append((real, np.resize(chosen, n_synthetic or len(synthetic[0]))))
+        parts.append((real, np.arange(n_synthetic or len(synthetic[0])) % len(real[0])))
     return [np.concatenate([pair[i][index] for pair, index in parts]) for i in range(2)]
 
 
@@ -319,8 +318,7 @@ def load_synthetic(folder, names, real, val_images):
     images, labels = data.load_samples(folder, real[0], names, data_dir)
     alike = labels is not None and images.shape[1:] == real[0].shape[1:]
     check(alike, f"{folder}: expected labels, and images like the real ones")
-    path = f"{folder}/manifest.json"
-    manifest = data.read_json(path) if os.path.exists(path) else {}
+    manifest = data.manifest_of(folder)
     trained_on = manifest.get("trained_on", {})
     if trained_on and trained_on.get("validation") != data.fingerprint(val_images):
         print("note: the generator may have been trained on the validation images used here")
@@ -339,22 +337,24 @@ def main():
     check(seeds <= 20, f"seeds: {seeds} is more than the table of Student's t has, 20")
     check(val_fraction > 0, "val_fraction: validation images choose when to stop, so it must be above 0")
     on, _, _ = setup_device(device, "float32", "False")
-    (images, labels), (test_images, test_labels), names = data.load_splits(dataset, data_dir, image_size, classes)
+    lock_folder(out_dir)
+    made = synthetic_dir or f"{out_dir}/synthetic"
+    size = image_size or (data.image_size_of(made) if chosen != ["real"] else 0)
+    (images, labels), (test_images, test_labels), names = data.load_splits(dataset, data_dir, size, classes)
     check(labels is not None and test_labels is not None, f"{dataset}: a classifier needs labels and a test split")
-    n_train, K = data.training_count(len(images), val_fraction), len(names)
-    real, val_images, val_labels = (images[:n_train], labels[:n_train]), images[n_train:], labels[n_train:]
+    K = len(names)
+    real, (val_images, val_labels) = data.training_part(images, labels, names, val_fraction, n_real)
     synthetic, made_with = (images[:0], labels[:0]), {}
     if chosen != ["real"]:
-        synthetic, made_with = load_synthetic(synthetic_dir or f"{out_dir}/synthetic", names, real, val_images)
+        synthetic, made_with = load_synthetic(made, names, real, val_images)
     available = len(synthetic[0])
     check(chosen == ["real"] or n_synthetic <= available, f"n_synthetic: {n_synthetic}, but there are {available}")
     print(
-        f"{n_real or n_train} real and {min(n_synthetic, available) or available} synthetic training images, "
+        f"{len(real[0])} real and {min(n_synthetic, available) or available} synthetic training images, "
         f"{len(val_images)} for validation, {len(test_images)} for the test; hidden layers {hidden}, {on}, "
         f"{max_iters} updates of {batch_size}"
     )
-    os.makedirs(out_dir, exist_ok=True)
-    path, runs = os.path.join(out_dir, "classifier.json"), {arm: [] for arm in chosen}
+    path, runs = new_path(os.path.join(out_dir, "classifier.json")), {arm: [] for arm in chosen}
     for k in range(seed, seed + seeds):
         for arm in chosen:
             train_images, train_labels = arm_images(arm, real, synthetic, k)
@@ -372,7 +372,7 @@ def main():
                 flush=True,
             )
     report(runs, names)
-    print(f"\n{verdict(runs)}\nwrote {path}; python -m lab.plot confusion --out_dir={out_dir} draws it")
+    print(f"\n{verdict(runs)}\nwrote {path}; python -m lab.plot confusion --results={path} draws it")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import difflib
 import os
 import re
 import runpy
+import signal
 import sys
 
 from ddpm import UserError, check
@@ -49,12 +50,17 @@ def convert(value, kind):
     return value
 
 
-def run_config(path):
-    """Executes a config file: its settings as a dict. Raises UserError."""
+def run_config(path, keys=()):
+    """Executes a config file: its settings, which are what it assigns, and any of keys, as a dict. Raises UserError."""
     found = [p for p in (os.path.expanduser(path), os.path.join(HERE, path)) if os.path.isfile(p)]
     check(found, f"no config file {path!r} (settings are written as --key=value)")
     try:
-        return {k: v for k, v in runpy.run_path(found[0]).items() if not k.startswith("_")}
+        with open(found[0], "rb") as f:
+            statements = [n for n in ast.walk(ast.parse(f.read())) if isinstance(n, (ast.Assign, ast.AnnAssign))]
+        names = [n for statement in statements for n in ast.walk(statement) if isinstance(n, ast.Name)]
+        assigned = {n.id for n in names if isinstance(n.ctx, ast.Store)}
+        values = runpy.run_path(found[0])
+        return {k: v for k, v in values.items() if not k.startswith("_") and (k in keys or k in assigned)}
     except (Exception, SystemExit) as e:
         raise UserError(f"config file {path}: {type(e).__name__}: {e}") from None
 
@@ -76,6 +82,7 @@ def configure(namespace, also=None):
     value out of range.
     """
     sys.excepthook = print_user_error
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half made is removed
     with contextlib.suppress(AttributeError):  # stdout is closed
         sys.stdout.reconfigure(errors="replace")  # names that its encoding lacks
     block, given = settings_in(namespace["__file__"]), {}
@@ -87,7 +94,7 @@ def configure(namespace, also=None):
     for arg in sys.argv[1:]:
         key, equals, text = arg.lstrip("-").partition("=")
         check(not arg.startswith("-") or (arg.startswith("--") and equals), f"{arg!r}: write it as --{key}=value")
-        found = {key.replace("-", "_"): text} if arg.startswith("-") else run_config(arg)
+        found = {key.replace("-", "_"): text} if arg.startswith("-") else run_config(arg, block)
         for key, value in found.items():
             near = difflib.get_close_matches(key, block, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"

@@ -9,9 +9,11 @@ import colorsys
 import contextlib
 import difflib
 import glob
+import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 
@@ -24,10 +26,14 @@ from runtime import atomic_write
 
 TORCHVISION = {  # class, image size, how to place the files by hand
     "cifar10": ("CIFAR10", 32, "cifar-10-batches-py, from https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
-    "fashion_mnist": ("FashionMNIST", 28, "FashionMNIST/raw/*-ubyte (unpacked), from github.com/zalandoresearch"),
+    "cifar100": ("CIFAR100", 32, "cifar-100-python, from https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"),
+    "mnist": ("MNIST", 28, "the four files of http://yann.lecun.com/exdb/mnist in MNIST/raw/"),
+    "fashion_mnist": ("FashionMNIST", 28, "the four files of github.com/zalandoresearch in FashionMNIST/raw/"),
     "flowers102": ("Flowers102", 64, "flowers-102/, from https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"),
 }
 IMAGE_TYPES = tuple(".png .jpg .jpeg .jfif .bmp .webp .gif .tif .tiff .ppm .pgm .pbm".split())
+# names of splits: Training, test1, seg_val, train_images, …
+SPLIT = re.compile(r"(.*[-_ ])?(train|test|val|valid|dev|eval)(ing|idation|uation)?([-_ ].*|\d*)", re.I)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,15 +96,28 @@ def write_shards(folder, images, labels, class_names):
     save_json(f"{folder}/classes.json", list(class_names))
 
 
-def shard_files(folder, kind="*"):
-    """The sorted paths of the images_*.npy and labels_*.npy of a folder, or of one kind."""
-    paths = glob.glob(f"{glob.escape(folder)}/{kind}_*.npy")
-    return sorted(p for p in paths if os.path.basename(p).startswith(("images_", "labels_")))
+def shard_files(folder, kind="(images|labels)"):
+    """The sorted paths of the images_00000.npy and labels_00000.npy, … of a folder, or of one kind."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(f"{folder}/{name}" for name in names if re.fullmatch(rf"{kind}_\d+\.npy", name))
+
+
+def image_size_of(folder):
+    """The side of the images in a folder's shards, 0 if it has none."""
+    paths = shard_files(folder, "images")
+    return (*load_array(paths[0]).shape, 0, 0)[1] if paths else 0
+
+
+def manifest_of(folder):
+    """manifest.json of augment.py, {} if there is none. Other programs have files of that name too."""
+    path = f"{folder}/manifest.json"
+    content = read_json(path, object) if os.path.exists(path) else {}
+    return content if isinstance(content, dict) and "complete" in content else {}
 
 
 def check_manifest(folder):
     """Raises UserError unless the shards are those that augment.py listed in manifest.json."""
-    manifest = read_json(f"{folder}/manifest.json")
+    manifest = manifest_of(folder)
     listed = manifest.get("complete") and manifest.get("shards")
     check(isinstance(listed, dict), f"{folder} is not complete: run augment.py again with the same settings")
     odd = sorted(listed.keys() ^ map(os.path.basename, shard_files(folder)))
@@ -112,7 +131,7 @@ def read_shards(folder):
 
     Raises UserError, naming the file, if one is damaged, missing, of another shape or badly labelled.
     """
-    if os.path.exists(f"{folder}/manifest.json"):
+    if manifest_of(folder):
         check_manifest(folder)
     paths = shard_files(folder, "images")
     check(paths, f"no images in {folder}/images_*.npy")
@@ -211,9 +230,20 @@ def image_paths(folder):
     return sorted(found)
 
 
-def fixed_order(n):
-    """A random order of 0..n-1, always the same: a slice of a set sorted by class then has about its share of each."""
-    return np.random.default_rng(0).permutation(n)
+def ranks(labels, order):
+    """For each image, how many of its class come before it in an order: (N,)."""
+    rank = np.empty(len(labels), dtype=np.int64)
+    for k in np.unique(labels):
+        mine = order[labels[order] == k]
+        rank[mine] = np.arange(len(mine))
+    return rank
+
+
+def fixed_order(n, labels=None):
+    """A random order of n images, always the same, with every class spread evenly: any part has its share of each."""
+    order, labels = np.random.default_rng(0).permutation(n), np.zeros(n, int) if labels is None else labels
+    place = (ranks(labels, order) + 0.5) / np.bincount(labels)[labels]
+    return order[np.argsort(place[order], kind="stable")]
 
 
 def list_images(folder):
@@ -226,6 +256,12 @@ def list_images(folder):
     names = [name for name in folders if found[name]]
     check(len(names) <= 256, f"{folder} has {len(names)} classes, but a shard holds at most 256")
     listed = [(path, k) for k, name in enumerate(names) for path in found[name]]
+    splits = [name for name in names if SPLIT.fullmatch(name)]
+    splits = splits if len(splits) == len(names) else []
+    inner = {part for path, _ in listed for part in os.path.relpath(path, folder).split(os.sep)[1:-1]}
+    splits += filter(SPLIT.fullmatch, inner)
+    advice = "call them train and test, and put the classes inside"
+    check(not splits, f"{folder}: {', '.join(sorted(splits))} look like splits, not like classes: {advice}")
     listed = listed or [(path, None) for path in image_paths(folder)]
     check(listed, f"no images ({' '.join(IMAGE_TYPES)}) in {folder} or its sub-folders, and no images_*.npy")
     for path, _ in listed:
@@ -240,14 +276,17 @@ def download(dataset, data_dir, split, size):
     kind, _, by_hand = TORCHVISION[dataset]
     which = {"split": split} if dataset == "flowers102" else {"train": split == "train"}
     try:
+        for path in glob.glob(f"{glob.escape(data_dir)}/{kind}/raw/*.gz"):
+            with gzip.open(path) as packed, atomic_write(path[:-3]) as f:
+                shutil.copyfileobj(packed, f)
         source = getattr(torchvision.datasets, kind)(data_dir, download=True, **which)
     except Exception as e:  # torchvision raises whatever its transport does
         raise UserError(
-            f"{dataset} is not in {data_dir} and its download failed ({e!r:.100}). "
+            f"{dataset}: its files in {data_dir} are damaged, or missing and the download failed ({e!r:.100}). "
             f"By hand: put {by_hand} in {data_dir}. Without a download: `python train.py config/shapes.py`"
         ) from None
     if dataset == "flowers102":  # jpg files, sorted by class
-        order = fixed_order(len(source))
+        order = fixed_order(len(source), np.asarray(source._labels))
         images = np.stack([decode_image(source._image_files[k], size) for k in order])
         labels = np.asarray(source._labels)[order]
     else:
@@ -278,15 +317,19 @@ def cached(folder, make):
 def load(dataset, split="train", data_dir="data", image_size=0, classes=""):
     """Loads one split of a data set: (images (N, H, W, C) uint8, labels (N,) int64 or None, class names).
 
-    dataset: cifar10, fashion_mnist, flowers102, shapes, or a folder of images or shards. image_size: resizes a folder's
-    images (0: to 64) and flowers102; else 0 or the set's own. classes: 'cat,frog' keeps these, as labels 0, 1.
+    dataset: cifar10, cifar100, mnist, fashion_mnist, flowers102, shapes, or a folder of images or shards. image_size:
+    resizes a folder's images (0: to 64) and flowers102; else 0 or the set's own. classes: 'cat,frog' keeps these, as
+    labels 0, 1.
     A data set without a test split gives (None, None, []) for it.
     Raises UserError if the data cannot be found, downloaded or read, or a class is unknown.
     """
+    built_in = dataset in (*TORCHVISION, "shapes")
+    if built_in and split == "train" and os.path.isdir(dataset):
+        print(f"note: {dataset} is the built-in data set; the folder is --dataset=./{dataset}")
     if dataset == "shapes":
         n, seed = (50000, 0) if split == "train" else (10000, 1)
         folder = cached(f"{data_dir}/shapes/{split}", lambda: make_shapes(n, seed))
-    elif dataset in TORCHVISION:
+    elif built_in:
         size = image_size if dataset == "flowers102" and image_size else TORCHVISION[dataset][1]
         root = f"{data_dir}/{dataset}" if size == TORCHVISION[dataset][1] else f"{data_dir}/{dataset}-{size}"
         folder = cached(f"{root}/{split}", lambda: download(dataset, data_dir, split, size))
@@ -298,8 +341,8 @@ def load(dataset, split="train", data_dir="data", image_size=0, classes=""):
         if folder is None:
             return None, None, []
     images, labels, names = read_shards(folder)
-    if dataset not in (*TORCHVISION, "shapes") and not os.path.exists(f"{folder}/manifest.json"):
-        order = fixed_order(len(images))  # augment.py's images are in turn by class already
+    if not built_in and not manifest_of(folder):  # it may be sorted by class
+        order = fixed_order(len(images), labels)
         images, labels = images[order], None if labels is None else labels[order]
     H, W = images.shape[1:3]
     check(H == W and image_size in (0, H), f"{folder}: images {H}x{W}, expected squares of {image_size or 'any size'}")
@@ -310,15 +353,25 @@ def user_folder(dataset, split, data_dir, size):
     """The shard folder of a user's folder of shards or images, or None if it has no such split."""
     splits = {e.name.lower(): e.path for e in os.scandir(dataset) if e.is_dir()}
     check("train" in splits or "test" not in splits, f"{dataset} has test/, so the other images belong in train/")
+    others = [name for name in splits if SPLIT.fullmatch(name) and name not in ("train", "test")]
+    check("train" not in splits or not others, f"{dataset}: {', '.join(others)} beside train: only test may be there")
     source = dataset if split == "train" and "train" not in splits else splits.get(split)
-    if not source or shard_files(source, "images") or os.path.exists(f"{source}/manifest.json"):
+    if not source or shard_files(source, "images") or manifest_of(source):
         return source
     listed, names = list_images(source)
     state = [(path, os.path.getsize(path), os.path.getmtime(path)) for path, _ in listed]
     key = hashlib.sha256(repr((size, state)).encode()).hexdigest()[:12]
 
     def decode():
-        print(f"decoding {len(listed)} images of the classes {', '.join(names) or '(none)'}; other files are not used")
+        counts = np.bincount([k for _, k in listed]) if names else []
+        counts = ", ".join(f"{name} {count}" for name, count in zip(names, counts)) or "no classes"
+        used = {os.path.normpath(path) for path, _ in listed}
+        rest = [os.path.normpath(f"{root}/{name}") for root, _, files in os.walk(source) for name in files]
+        rest = [os.path.basename(path) for path in rest if path not in used]
+        if source != dataset:
+            rest += [name for name in os.listdir(dataset) if name.lower() not in ("train", "test")]
+        rest = ", ".join(rest[:5]) + ", …" * (len(rest) > 5)
+        print(f"{source}: {len(listed)} images; {counts}; not used: {rest or 'nothing'}")
         images = np.stack([decode_image(path, size) for path, _ in listed])
         return images, np.array([k for _, k in listed]) if names else None, names
 
@@ -359,7 +412,8 @@ def class_ids(classes, names, unique=False):
 
     unique: also for a repeated one.
     """
-    known = {str(k): k for k in range(len(names))} | {name: k for k, name in enumerate(names)}
+    known = {str(k): k for k in range(len(names))} if isinstance(classes, str) else {}  # positions: in flags only
+    known |= {name: k for k, name in enumerate(names)}
     ids = []
     for name in [c.strip() for c in classes.split(",")] if isinstance(classes, str) else classes:
         near = difflib.get_close_matches(name, names, n=1)
@@ -383,14 +437,23 @@ def select(images, labels, names, classes):
     return images[kept], new[labels[kept]], [names[k] for k in ids]
 
 
-def training_count(n, val_fraction):
-    """How many of n images are for training. The last ones are for validation, the same for every seed.
+def training_part(images, labels, names, val_fraction, n_real=0):
+    """Splits (images, labels or None) into those for training and those for validation, the last ones.
 
-    Raises UserError if val_fraction leaves none for validation.
+    n_real: keep so many for training, the same number of each class and the same for every seed; 0: all.
+    Raises UserError if there are none for validation, or none of a class for training.
     """
-    n_val = int(n * val_fraction)
-    check(n_val or not val_fraction, f"val_fraction={val_fraction} of {n} images leaves none for validation")
-    return n - n_val
+    n_val = int(len(images) * val_fraction)
+    check(n_val or not val_fraction, f"val_fraction={val_fraction} of {len(images)} images leaves none for validation")
+    parts = slice(len(images) - n_val), slice(len(images) - n_val, None)  # views: the images may be mapped from disk
+    train, val = [(images[part], None if labels is None else labels[part]) for part in parts]
+    if n_real:
+        chosen = balanced(*train, n_real, 0)
+        train = train[0][chosen], None if labels is None else train[1][chosen]
+    missing = [] if labels is None else sorted(set(range(len(names))) - set(np.unique(train[1])))
+    left_out = ", ".join(names[k] for k in missing)
+    check(not missing, f"no training images of {left_out}: leave them out with --classes, or raise n_real")
+    return train, val
 
 
 def balanced(images, labels, n, seed):
@@ -401,12 +464,8 @@ def balanced(images, labels, n, seed):
     check(n <= len(images), f"{n} images requested, only {len(images)} available")
     if n == 0:
         return np.arange(len(images))
-    labels = np.zeros(len(images)) if labels is None else labels
-    order = np.random.default_rng(seed).permutation(len(labels))
-    rank = np.empty(len(labels), dtype=np.int64)  # how many of its class come before, in this order
-    for k in np.unique(labels):
-        mine = order[labels[order] == k]
-        rank[mine] = np.arange(len(mine))
+    order = np.random.default_rng(seed).permutation(len(images))
+    rank = ranks(np.zeros(len(images)) if labels is None else labels, order)
     return order[np.argsort(rank[order], kind="stable")][:n]
 
 
@@ -474,13 +533,22 @@ class Batches:
 
 
 def tile(images, columns, titles=(), column_titles=(), zoom=2, pad=2):
-    """(N, H, W, C) uint8 as one PIL image, row by row, with a title before each row and above equal parts of a row."""
-    from PIL import Image, ImageDraw
+    """(N, H, W, C) uint8 as one PIL image, row by row, with a title before each row and above equal parts of a row.
+
+    Titles can be read where the image is shown 700 pixels wide, if those above the columns have the space.
+    """
+    from PIL import Image, ImageDraw, ImageFont
 
     rows, (_, H, W, C) = -(-len(images) // columns), images.shape
     H, W, block = H * zoom, W * zoom, columns // max(1, len(column_titles))  # block: columns under one title
-    left = max((7 * len(t) for t in titles), default=0) + (8 if titles else 0)
-    top, gap = (18, 8) if column_titles else (0, 0)
+    size = max(12, columns * (W + pad) // 55)
+    ends = [title.split("\n")[-1] for title in column_titles]
+    longest = max([ImageFont.load_default(100).getlength(end) / 100 for end in ends], default=0)
+    size = max(8, min(size, int(block * (W + pad) / longest))) if longest else size
+    font = ImageFont.load_default(size)
+    left = int(max(map(font.getlength, titles), default=0)) + (8 if titles else 0)
+    lines = max((title.count("\n") + 1 for title in column_titles), default=0)
+    top, gap = int(1.3 * size * lines), 8 if column_titles else 0
     x = [left + pad + j * (W + pad) + j // block * gap for j in range(columns)]
     y = [top + pad + i * (H + pad) for i in range(rows)]
     sheet = Image.new("RGB", (x[-1] + W + pad, y[-1] + H + pad), "white")
@@ -489,7 +557,7 @@ def tile(images, columns, titles=(), column_titles=(), zoom=2, pad=2):
         sheet.paste(image, (x[k % columns], y[k // columns]))
     draw = ImageDraw.Draw(sheet)
     for i, title in enumerate(titles):
-        draw.text((6, y[i] + H // 2 - 6), title, fill="black")
+        draw.text((6, y[i] + (H - size) // 2), title, fill="black", font=font)
     for j, title in enumerate(column_titles):
-        draw.text((x[j * block], 3), title, fill="black")
+        draw.text((x[j * block], 0), title, fill="black", font=font)
     return sheet

@@ -22,15 +22,18 @@ Notation, as in the papers:
 """
 
 import math
+import operator
 import os
 import warnings
 import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+__version__ = "0.1.0"
+__all__ = ["DDPM", "DDPMConfig", "UserError", "load_model", "save_model", "to_float", "to_uint8", "make_generator"]
 OBJECTIVES, LOSSES, WEIGHTINGS = ("eps", "v", "x0"), ("l2", "l1", "huber"), ("simple", "vlb", "min_snr")
 SCHEDULES, SAMPLERS, ARCHS = ("linear", "cosine", "quadratic", "sigmoid"), ("ddpm", "ddim", "dpm++"), ("unet", "cnn")
 
@@ -78,20 +81,30 @@ class DDPMConfig:
     p_uncond: float = 0.1  # probability of dropping a label in training
 
     def __post_init__(self):
+        kinds = {int: (operator.index, "a whole number"), float: (float, "a number"), str: (str, "a text")}
+        for f in fields(self):
+            value, (kind, what) = getattr(self, f.name), kinds.get(f.type, (tuple, "a tuple of whole numbers"))
+            try:  # NumPy's numbers become Python's
+                new = kind(value)
+                if kind is tuple:
+                    new = tuple(map(str if f.name == "class_names" else operator.index, new))
+            except (TypeError, ValueError):
+                new = None
+            check(new is not None and not isinstance(value, bool), f"{f.name}: {value!r} is not {what}")
+            setattr(self, f.name, new)
         choices = dict(arch=ARCHS, schedule=SCHEDULES, objective=OBJECTIVES, loss=LOSSES, weighting=WEIGHTINGS)
         for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed)
-        for name in ("ch_mult", "attn_resolutions", "class_names"):
-            setattr(self, name, tuple(getattr(self, name)))
         most = dict(image_size=4096, channels=4096, patch=64, ch=4096, num_res_blocks=64, timesteps=100_000)
-        for name, limit in most.items():
-            value = getattr(self, name)
-            check(type(value) is int and 0 < value <= limit, f"{name}: {value} is not a whole number from 1 to {limit}")
-        whole = self.ch_mult and all(type(m) is int and 0 < m <= 64 for m in self.ch_mult)
+        for name, limit in (most | dict(num_classes=2**20)).items():
+            value, least = getattr(self, name), 0 if name == "num_classes" else 1
+            check(least <= value <= limit, f"{name}: {value} is not a whole number from {least} to {limit}")
+        whole = self.ch_mult and all(0 < m <= 64 for m in self.ch_mult)
         check(whole, f"ch_mult: {self.ch_mult} must be whole numbers from 1 to 64")
         check(self.ch % 2 == 0, f"ch: {self.ch} must be even")
         for name in ("dropout", "p_uncond"):
             check(0 <= getattr(self, name) <= 1, f"{name}: {getattr(self, name)} must be between 0 and 1")
+        check(self.p_uncond < 1 or not self.num_classes, "p_uncond: 1 drops every label, so that none is learned")
         halvings = len(self.ch_mult) - (self.arch == "unet")  # the U-Net's first level keeps the resolution
         unit = self.patch * 2**halvings
         check(self.image_size % unit == 0, f"image_size: {self.image_size} is not divisible by {unit} (patch, levels)")
@@ -104,8 +117,8 @@ class DDPMConfig:
 # noise schedules, in float64
 
 
-def make_betas(schedule, T, beta_start, beta_end):
-    """Returns beta_t for t = 0..T-1, (T,) float64. Raises UserError unless every beta is between 0 and 1.
+def make_betas(schedule: str, T: int, beta_start: float, beta_end: float) -> Tensor:
+    """Returns beta_t for t = 0..T-1, (T,) float64.
 
     linear: [1]. quadratic: linear in sqrt(beta). sigmoid: a logistic curve over -6..6. cosine: [2] eq. 17 with
     s = 0.008 and betas clipped at 0.999; it ignores beta_start and beta_end.
@@ -117,12 +130,12 @@ def make_betas(schedule, T, beta_start, beta_end):
     elif schedule == "sigmoid":
         x = torch.linspace(-6, 6, T, dtype=torch.float64)
         betas = beta_start + (beta_end - beta_start) * torch.sigmoid(x)
-    else:
+    elif schedule == "cosine":
         u = torch.arange(T + 1, dtype=torch.float64) / T
         f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-    inside = bool(((betas > 0) & (betas < 1)).all())
-    check(inside, f"schedule {schedule}: betas run from {betas.min():.3g} to {betas.max():.3g}, not between 0 and 1")
+    else:
+        raise NotImplementedError(schedule)
     return betas
 
 
@@ -137,8 +150,10 @@ def loss_weights(weighting, objective, betas, abar):
     snr = abar / (1 - abar)
     if weighting == "vlb":
         eps_weight = betas / (2 * (1 - betas) * (1 - abar))
-    else:
+    elif weighting == "min_snr":
         eps_weight = snr.clamp(max=5) / snr
+    else:
+        raise NotImplementedError(weighting)
     return eps_weight * {"eps": 1.0, "x0": snr, "v": abar}[objective]
 
 
@@ -155,7 +170,7 @@ def zero_init(module):
 
 def group_norm(x, groups, weight, bias, eps):
     """F.group_norm in x's dtype, where autocast would take float32."""
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         return F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
 
 
@@ -176,12 +191,15 @@ class Upsample(nn.Conv2d):
         super().__init__(ch, ch, 3, padding=1)
 
     def forward(self, x):
-        # super().forward(F.interpolate(x, scale_factor=2)), fused into one 4x4 transposed convolution (a training step
-        # of cifar_small is 1.04 to 1.08x faster on a CPU): its kernel is the flipped 3x3 kernel spread over 2x2 pixels.
-        kernel = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
+        if torch.version.hip:  # AMD: transposed convolutions are up to 20 times slower there (ROCm/MIOpen issue 3952)
+            return super().forward(F.interpolate(x, scale_factor=2))
+        # Else fused into one 4x4 transposed convolution (a training step of cifar_small is 1.04 to 1.08x faster on a
+        # CPU). Its kernel is the flipped 3x3 kernel spread over 2x2 pixels, and contiguous: on Apple's GPUs
+        # convolutions ignore the strides of weights (pytorch issue 192212).
+        kernel = F.pad(self.weight.transpose(0, 1).flip(2, 3), (1, 1, 1, 1))
         kernel = kernel[..., 1:] + kernel[..., :-1]
-        kernel = kernel[..., 1:, :] + kernel[..., :-1, :]  # (out, in, 4, 4)
-        return F.conv_transpose2d(x, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
+        kernel = kernel[..., 1:, :] + kernel[..., :-1, :]  # (in, out, 4, 4)
+        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
 
 
 def sinusoidal_embedding(t, dim):
@@ -335,30 +353,35 @@ class CNN(nn.Module):
 # images and noise
 
 
-def to_float(images):
+def to_float(images: Tensor) -> Tensor:
     """uint8 (..., H, W, C) -> float32 (..., C, H, W) in [-1, 1]."""
     return images.movedim(-1, -3).contiguous().float() / 127.5 - 1  # contiguous: the network is faster on it
 
 
-def to_uint8(x):
-    """float (..., C, H, W) in [-1, 1] -> uint8 (..., H, W, C), rounded and clamped: to_uint8(to_float(i)) == i."""
+def to_uint8(x: Tensor) -> Tensor:
+    """float (..., C, H, W) in [-1, 1] -> uint8 (..., H, W, C), rounded and clamped: to_uint8(to_float(i)) == i.
+
+    Raises UserError for NaN and infinities.
+    """
+    check(x.isfinite().all(), "the images are not finite: compute in float32 or bfloat16")
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).contiguous()
 
 
 def seed_of(seed, k):
     """The seed of stream k of `seed`: distinct for every k below 2**32, far apart for different seeds.
 
-    Streams: sampling: image k; data.py: epoch k, 2**31 + step; train.py: 2**30 + step, 2**32 - 1; classifier.py: 0, 1.
+    Streams: sampling: image k; data.py: epoch k, 2**31 + step; train.py: 2**28 + step, 2**29 + image, 2**30 + step;
+    classifier.py: 0, 1.
     """
-    return (seed * 2654435761 + k) % 2**32  # torch's CPU generator keeps 32 bits
+    return (int(seed) * 2654435761 + int(k)) % 2**32  # torch's CPU generator keeps 32 bits
 
 
-def make_generator(seed, k=0, device="cpu"):
+def make_generator(seed: int, k: int = 0, device: str = "cpu") -> torch.Generator:
     """A random generator for stream k of `seed`."""
     return torch.Generator(device).manual_seed(seed_of(seed, k))
 
 
-def image_noise(generators, shape, device="cpu"):
+def image_noise(generators: list, shape: tuple, device: str = "cpu") -> Tensor:
     """The next N(0, 1) noise of each generator, (B, *shape), drawn on the CPU.
 
     Noise belongs to the image: image k of a seed draws from generator k, so it is the same in any batch, on any number
@@ -388,16 +411,25 @@ def sigma_of(abar):
 
 
 class DDPM(nn.Module):
-    """A denoising diffusion model: network, schedule, loss, guidance and samplers."""
+    """A denoising diffusion model: network, schedule, loss, guidance and samplers.
 
-    def __init__(self, config):
+    net: a network of your own instead of config.arch, called as net(xt, t, y), with y the null label K where there is
+    none. betas: a schedule of your own, (T,). Raises UserError unless every beta is between 0 and 1.
+    """
+
+    def __init__(self, config: DDPMConfig, net: nn.Module | None = None, betas=None):
         super().__init__()
         self.config, self.T, self.K = config, config.timesteps, config.num_classes
         self.shape = (config.channels, config.image_size, config.image_size)
-        self.net = {"unet": UNet, "cnn": CNN}[config.arch](config)
+        self.net = {"unet": UNet, "cnn": CNN}[config.arch](config) if net is None else net
         self.amp_dtype = None  # torch.bfloat16 or float16: run the network, and nothing else, under autocast
-        betas = make_betas(config.schedule, self.T, config.beta_start, config.beta_end)
-        abar = torch.cumprod(1 - betas, dim=0)
+        if betas is None:
+            betas = make_betas(config.schedule, self.T, config.beta_start, config.beta_end)
+        betas = torch.as_tensor(betas, dtype=torch.float64)
+        check(betas.shape == (self.T,), f"betas: {tuple(betas.shape)}, expected one for each of {self.T} timesteps")
+        inside = bool(((betas > 0) & (betas < 1)).all())
+        check(inside, f"betas run from {betas.min():.3g} to {betas.max():.3g}, not between 0 and 1")
+        self.betas, abar = betas.tolist(), torch.cumprod(1 - betas, dim=0)
         self.abar = abar.tolist()  # float64, for the samplers
         check(self.abar[-1] > 1e-300, f"timesteps: {self.T} steps of these betas leave alpha_bar 0 in float64")
         if self.abar[-1] > 0.01:
@@ -412,7 +444,7 @@ class DDPM(nn.Module):
         """sqrt(abar_t) and sqrt(1 - abar_t), (B, 1, 1, 1) each: the coefficients of x0 and eps in xt."""
         return tuple(table[t].sqrt()[:, None, None, None] for table in (self.abar_t, self.q_var))
 
-    def q_sample(self, x0, t, eps):
+    def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The noisy image xt ~ q(xt | x0) ([1] eq. 4), (B, C, H, W)."""
         a, s = self.signal_noise(t)
         return a * x0 + s * eps
@@ -429,7 +461,9 @@ class DDPM(nn.Module):
             return (xt - s * out) / a, out
         if self.config.objective == "v":
             return a * xt - s * out, s * xt + a * out
-        return out, (xt - a * out) / s
+        if self.config.objective == "x0":
+            return out, (xt - a * out) / s
+        raise NotImplementedError(self.config.objective)
 
     def network(self, xt, t, y):
         """The network's output in xt's dtype, (B, C, H, W). y None: the null label for all."""
@@ -443,7 +477,7 @@ class DDPM(nn.Module):
         t = torch.randint(self.T, (B,), generator=generator, device=device)
         return t, torch.randn((B, *self.shape), generator=generator, device=device)
 
-    def drop_labels(self, y, u=None):
+    def drop_labels(self, y: Tensor, u: Tensor | None = None) -> Tensor:
         """A copy of y with each label replaced by the null label with probability p_uncond ([3] alg. 1).
 
         u: (B,) uniform random numbers, default drawn here.
@@ -451,13 +485,20 @@ class DDPM(nn.Module):
         u = torch.rand(y.shape, device=y.device) if u is None else u
         return torch.where(u < self.config.p_uncond, self.K, y)
 
-    def forward(self, x0, y=None, t=None, eps=None):
+    def forward(self, x0: Tensor, y=None, t=None, eps=None) -> Tensor:
         """The loss of each image, (B,): its mean over the values of the image, times the weight of its t.
 
         x0 (B, C, H, W) in [-1, 1]; y (B,) labels, None for an unconditional model; t and eps: both, or drawn here.
-        Labels are not dropped here: training calls `drop_labels` first. Raises UserError for a wrong image shape.
+        Labels are not dropped here: training calls `drop_labels` first. Raises UserError for what does not fit.
         """
-        check(tuple(x0.shape[1:]) == self.shape, f"images of {tuple(x0.shape[1:])}, but this model takes {self.shape}")
+        given = f"{x0.dtype} images of {tuple(x0.shape[1:])}"
+        fits = x0.is_floating_point() and tuple(x0.shape[1:]) == self.shape
+        check(fits, f"{given}, but this model takes floating point of {self.shape} in [-1, 1]")
+        fits = y is not None and y.shape == x0.shape[:1] if self.K else y is None
+        check(fits, f"y: expected {'a label for each image' if self.K else 'None, this model is unconditional'}")
+        shapes = [v if v is None else tuple(v.shape) for v in (t, eps)]
+        fits = shapes in ([None, None], [(len(x0),), tuple(x0.shape)])
+        check(fits, f"t and eps: {shapes}, expected both, one for each image, or neither")
         if t is None:
             t, eps = self.random_t_eps(len(x0), device=x0.device)
         out = self.network(self.q_sample(x0, t, eps), t, y)
@@ -492,17 +533,18 @@ class DDPM(nn.Module):
             eps_hat = (xt - a * x0_hat) / s
         return x0_hat, eps_hat
 
-    def sampler_timesteps(self, steps):
-        """The timesteps that a sampler visits, decreasing from T-1.
+    def sampler_timesteps(self, steps: int, first: int | None = None) -> list:
+        """The timesteps that a sampler visits, decreasing from `first`, by default T-1.
 
-        Evenly spaced in sigma^(1/7) ([8] eq. 5), between 80 and 0.03 where the schedule reaches them; always T-1 first,
-        and every t if steps = T. The last step jumps to x0_hat.
+        Evenly spaced in sigma^(1/7) ([8] eq. 5), between 80 and 0.03 where the schedule reaches them; always `first`
+        at first, and every t if steps = first + 1. The last step jumps to x0_hat.
         """
-        sigma = torch.tensor([sigma_of(a) for a in self.abar], dtype=torch.float64)
+        first = self.T - 1 if first is None else first
+        sigma = torch.tensor([sigma_of(a) for a in self.abar[: first + 1]], dtype=torch.float64)
         high, low = sigma[-1].clamp(max=80) ** (1 / 7), sigma[0].clamp(min=0.03) ** (1 / 7)
         wanted = (low + torch.linspace(1, 0, steps, dtype=torch.float64) * (high - low)) ** 7
         ts = (sigma.log() - wanted.log()[:, None]).abs().argmin(dim=1).tolist()
-        ts[0] = self.T - 1
+        ts[0] = first
         # Rounding may repeat a t: make each lower than the one before, and leave room for those that follow.
         for i in range(1, steps):
             ts[i] = max(min(ts[i], ts[i - 1] - 1), steps - 1 - i)
@@ -522,25 +564,31 @@ class DDPM(nn.Module):
         check(guidable, f"w={w:g} needs a null label, but this model was trained at p_uncond=0: use w=0")
 
     @torch.no_grad()
-    def sample(self, y=None, w=0.0, seed=0, indices=None, sampler="ddpm", steps=None, eta=0.0, interval=(),
-               clip_x0=True, on_step=None):  # fmt: skip
+    def sample(self, y: Tensor | None = None, w=0.0, seed=0, indices=None, sampler="ddpm", steps=None, eta=0.0,
+               interval=(), clip_x0=True, on_step=None, start=None) -> Tensor:  # fmt: skip
         """Samples images (B, C, H, W), about in [-1, 1], on the model's device. Leaves the model in eval mode.
 
         y: (B,) labels; None: the null label. w: guidance ([3]: 0 is none). seed, indices: image i has noise
         indices[i] of the seed, default 0..B-1. sampler: `ddpm` ([1] alg. 2), `ddim` ([4]; eta = 1 equals ddpm) or
         `dpm++` ([6], second-order multistep). steps: how many of the T steps, default all. interval: (low, high), guide
-        only while sigma_t is in between ([9]; for w > 0). on_step(i, xt, x0_hat) is called after each step.
+        only while sigma_t is in between ([9]; for w > 0). on_step(i, xt, x0_hat) is called after each step and may
+        change xt in place. start: (t, xt), to go on from noisy images (B, C, H, W) at step t instead of pure noise.
         Raises UserError for labels or settings that do not fit the model.
         """
-        steps, device = self.T if steps is None else steps, self.loss_weight.device
+        first = self.T - 1 if start is None else start[0]
+        steps, device = first + 1 if steps is None else steps, self.loss_weight.device
         self.check_sampling(y, w, sampler, steps, eta, interval)
+        check(steps <= first + 1 <= self.T, f"start: {steps} steps from t={first} of 0..{self.T - 1}")
         check(y is not None or indices is not None, "how many images? Give y (labels), or indices=range(n)")
         indices = range(len(y)) if indices is None else indices
         check(y is None or len(y) == len(indices), f"{len(indices)} indices, but another number of labels")
-        y = None if y is None else y.to(device)
+        y = None if y is None else torch.as_tensor(y).to(device)
         generators = [make_generator(seed, k) for k in indices]
         xt, x0_prev, h_prev = image_noise(generators, self.shape, device), None, None
-        timesteps = self.sampler_timesteps(steps)
+        if start is not None:
+            check(start[1].shape == xt.shape, f"start: {tuple(start[1].shape)}, expected {tuple(xt.shape)}")
+            xt = start[1].to(xt)
+        timesteps = self.sampler_timesteps(steps, first)
         self.eval()
         for i, t in enumerate(timesteps):
             abar_t = self.abar[t]
@@ -557,21 +605,24 @@ class DDPM(nn.Module):
                 var = eta**2 * posterior_coefficients(abar_t, abar_s)[2]  # [4] eq. 16
                 xt = abar_s**0.5 * x0_hat + max(0, 1 - abar_s - var) ** 0.5 * eps_hat  # [4] eq. 12; max: not -1e-16
                 xt = xt + var**0.5 * image_noise(generators, self.shape, device) if eta else xt
-            else:  # [6] alg. 2 with h the step in lambda = -log sigma and 1 / (2 r) = h / (2 h_prev)
+            elif sampler == "dpm++":  # [6] alg. 2; h: the step in lambda = -log sigma, 1 / (2 r) = h / (2 h_prev)
                 h = math.log(sigma_of(abar_t) / sigma_of(abar_s))
                 D = x0_hat if x0_prev is None else x0_hat + h / (2 * h_prev) * (x0_hat - x0_prev)
                 xt = ((1 - abar_s) / (1 - abar_t)) ** 0.5 * xt - abar_s**0.5 * math.expm1(-h) * D
                 x0_prev, h_prev = x0_hat, h
+            else:
+                raise NotImplementedError(sampler)
             if on_step:
                 on_step(i, xt, x0_hat)
         return xt
 
-    def sample_batches(self, y, indices, batch_size, **settings):
+    def sample_batches(self, y, indices, batch_size, start=None, **settings):
         """Yields the images `indices` in batches, uint8 (b, H, W, C) on the CPU. y (N,) labels or None.
 
-        settings: keyword arguments of `sample`.
+        start and settings: keyword arguments of `sample`, start for all N images.
         """
         for part in torch.arange(len(indices)).split(batch_size):
+            settings["start"] = start and (start[0], start[1][part])
             x = self.sample(None if y is None else y[part], indices=[indices[k] for k in part], **settings)
             yield to_uint8(x).cpu()
 
@@ -580,7 +631,7 @@ class DDPM(nn.Module):
 # training: learning rate, optimiser and averaged weights
 
 
-def learning_rate(step, max_iters, lr, min_lr, warmup_iters):
+def learning_rate(step: int, max_iters: int, lr: float, min_lr: float, warmup_iters: int) -> float:
     """Linear warm-up to lr at step warmup_iters, then cosine decay to min_lr at the last step."""
     if step < warmup_iters:
         return lr * (step + 1) / (warmup_iters + 1)
@@ -588,7 +639,7 @@ def learning_rate(step, max_iters, lr, min_lr, warmup_iters):
     return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(model, lr, weight_decay):
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW, without weight decay on biases and norms."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
@@ -597,7 +648,7 @@ def make_optimizer(model, lr, weight_decay):
 
 
 @torch.no_grad()
-def update_ema(ema, model, step, decay):
+def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float):
     """Moves the averaged weights towards the model's, faster in the first steps: the random start is soon forgotten."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
@@ -607,12 +658,22 @@ def update_ema(ema, model, step, decay):
 # checkpoints
 
 
-def load_checkpoint(path):
-    """Reads a checkpoint of train.py onto the CPU without executing anything in it, as a dict.
+def save_model(path, model: DDPM, ema: DDPM | None = None, step: int = 0, **more):
+    """Writes a checkpoint for load_model to a path or an open file: raw weights, averaged ones (default: the same).
 
-    Raises UserError if it is missing or damaged, or not a checkpoint of train.py.
+    more: whatever else is to be kept, of plain values and tensors.
     """
-    check(os.path.exists(path), f"no checkpoint {path}: train a model first, or give its folder with --out_dir")
+    content = dict(model_args=asdict(model.config), betas=model.betas, step=step)
+    content |= dict(model=model.state_dict(), ema=(ema or model).state_dict())
+    torch.save(content | more, path)
+
+
+def load_checkpoint(path: str) -> dict:
+    """Reads a checkpoint of save_model onto the CPU without executing anything in it, as a dict.
+
+    Raises UserError if it is missing or damaged, or something else.
+    """
+    check(os.path.exists(path), f"no checkpoint {path}: train a model first")
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
         checkpoint = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
@@ -620,19 +681,24 @@ def load_checkpoint(path):
         raise
     except Exception:  # a damaged file can raise anything
         checkpoint = {}
+    weights = isinstance(checkpoint, dict) and checkpoint and all(map(torch.is_tensor, checkpoint.values()))
+    check(not weights, f"{path} holds weights alone, as state_dict() has them: write it with save_model")
     whole = isinstance(checkpoint, dict) and {"model_args", "ema", "step"} <= checkpoint.keys()
-    check(whole, f"checkpoint {path} is damaged or not of train.py")
+    check(whole, f"checkpoint {path} is damaged or not of save_model")
     return checkpoint
 
 
-def load_model(path, ema=True, device="cpu", amp_dtype=None):
-    """Returns (model, checkpoint): the DDPM of a checkpoint in eval mode, with averaged or raw weights."""
+def load_model(path: str, ema: bool = True, device: str = "cpu", amp_dtype=None, net=None) -> tuple[DDPM, dict]:
+    """Returns (model, checkpoint): the DDPM of a checkpoint in eval mode, with averaged or raw weights.
+
+    net: a network of your own, if DDPM was given one.
+    """
     checkpoint = load_checkpoint(path)
-    check(ema or "model" in checkpoint, f"{path} holds only averaged weights: use --ema=True")
-    model = DDPM(DDPMConfig(**checkpoint["model_args"]))
+    check(ema or "model" in checkpoint, f"{path} holds only averaged weights: ema must be True")
+    model = DDPM(DDPMConfig(**checkpoint["model_args"]), net, checkpoint.get("betas"))
     weights = checkpoint["ema" if ema else "model"]
     weights = weights.get("shadow", weights)  # shadow: the layout of weights/cifar_small.pt
-    check(weights.keys() == model.state_dict().keys(), f"checkpoint {path} is of another version of ddpm.py")
+    check(weights.keys() == model.state_dict().keys(), f"checkpoint {path} is of another version or another network")
     model.load_state_dict(weights)
     model.amp_dtype = amp_dtype
     return model.to(device).eval(), checkpoint

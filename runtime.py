@@ -4,7 +4,9 @@ import contextlib
 import ctypes
 import datetime
 import os
+import platform
 import signal
+import subprocess
 import sys
 import time
 from importlib.util import find_spec
@@ -20,32 +22,54 @@ from ddpm import UserError, check, check_choice, load_model
 
 
 def setup_device(device="auto", dtype="auto", use_compile="auto"):
-    """Resolves three settings to (device, autocast dtype or None, compile or not), and prepares the device.
+    """Resolves three settings to (device, autocast dtype or None, how to compile or {}), and prepares the device.
 
     auto: cuda, mps or cpu, under torchrun the GPU of this process; bfloat16 where GPU or CPU compute in it, float16 on
-    an older GPU, else no autocast; compile on cuda where Triton is. Raises UserError for a device that is not there.
+    an older GPU, else no autocast; compile on cuda where Triton is. channels_last: compile, with all convolutions in
+    that memory layout. Raises UserError for a device that is not there.
     """
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     device = next(kind for kind in there if there[kind]) if device == "auto" else device
     kind, colon, index = device.partition(":")
     check_choice("device", kind, [kind for kind in there if there[kind]])
     check_choice("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
-    check_choice("use_compile", use_compile, ("auto", "True", "False"))
+    check_choice("use_compile", use_compile, ("auto", "True", "False", "channels_last"))
     check(kind == "cuda" or not colon, f"device: {device} has a number, which only GPUs of CUDA have")
     if kind == "cuda":
-        index, count = index or os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
+        alone, count = os.environ.get("WORLD_SIZE", "1") == "1", torch.cuda.device_count()
+        check(alone or not index, f"device: {device} for every process: with several, each takes its own GPU of cuda")
+        rank = int(os.environ.get("RANK", "0")) % max(1, count)  # srun and mpirun set no LOCAL_RANK
+        index = index or os.environ.get("LOCAL_RANK", str(rank))
         check(index in map(str, range(count)), f"device: cuda:{index} is not there (GPUs: {count})")
         device = f"cuda:{index}"
         torch.cuda.set_device(device)  # for all calls that name no GPU
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not torch.version.hip  # AMD's search takes minutes for every new shape
         half = "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
     elif kind == "cpu":
         keep_freed_memory()
         half = "bfloat16" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "float32"
     dtype = dtype if dtype != "auto" else "float32" if kind == "mps" else half
-    compiles = use_compile == "True" or (use_compile == "auto" and kind == "cuda" and find_spec("triton") is not None)
-    return device, None if dtype == "float32" else getattr(torch, dtype), compiles
+    compiles = use_compile not in ("auto", "False") or use_compile == "auto" and kind == "cuda" and find_spec("triton")
+    how = dict(dynamic=False) if compiles else {}
+    if use_compile == "channels_last":
+        how["options"] = dict(force_layout_optimization=True, layout_optimization=True)
+    return device, None if dtype == "float32" else getattr(torch, dtype), how
+
+
+def machine(device):
+    """What a result needs beside its numbers: the commit, the machine and torch."""
+    name, commit = platform.machine(), ""
+    with contextlib.suppress(OSError):  # git is not there
+        done = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        commit = done.stdout.strip()
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name()
+    elif os.path.exists("/proc/cpuinfo"):  # Linux tells the model
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            name = next((line.split(": ")[1].strip() for line in f if line.startswith("model name")), name)
+    threads = torch.get_num_threads()
+    return f"commit {commit or 'unknown'}, {name}, {threads} threads, torch {torch.__version__}"
 
 
 def keep_freed_memory():
@@ -138,6 +162,16 @@ def atomic_write(path):
             os.remove(temporary)
 
 
+def new_path(path):
+    """The path, or if that is taken path-2, path-3, … before the extension: a finished result is not replaced."""
+    stem, extension = os.path.splitext(path)
+    k = 1
+    while os.path.exists(path):
+        k += 1
+        path = f"{stem}-{k}{extension}"
+    return path
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what a person reads
 
@@ -161,17 +195,15 @@ def progress(title, share, start):
 # the model to sample
 
 
-def open_model(out_dir, ema, device, amp_dtype):
-    """load_model of out_dir's checkpoint. Where the default out_dir, `out`, has none, of the pretrained weights."""
-    path = os.path.join(out_dir, "ckpt.pt")
-    if os.path.normpath(out_dir) == "out" and not os.path.exists(path):
+def open_model(out_dir, checkpoint, ema, device, amp_dtype):
+    """load_model of a checkpoint; default: out_dir's, or the pretrained weights where the default out_dir has none."""
+    path = checkpoint or os.path.join(out_dir, "ckpt.pt")
+    if not checkpoint and os.path.normpath(out_dir) == "out" and not os.path.exists(path):
         path = os.path.join(HERE, "weights", "cifar_small.pt")
         print(f"{out_dir} holds no checkpoint: the pretrained weights are used")
-    model, checkpoint = load_model(path, ema, device, amp_dtype)
-    print(
-        f"{path}, step {checkpoint['step']}, {'averaged' if ema else 'raw'} weights; {device}, {amp_dtype or 'float32'}"
-    )
-    return model, checkpoint
+    model, content = load_model(path, ema, device, amp_dtype)
+    print(f"{path}, step {content['step']}, {'averaged' if ema else 'raw'} weights; {device}, {amp_dtype or 'float32'}")
+    return model, content
 
 
 def resolve_guidance(w, guidance_scale, default, model):

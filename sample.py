@@ -8,11 +8,14 @@ python sample.py --sampler=ddpm --gif=True                    the full ancestral
 """
 
 import functools
+import json
 import math
 import os
+import re
 import time
 
 import torch
+from PIL.PngImagePlugin import PngInfo
 
 import runtime
 from configurator import configure, convert
@@ -21,6 +24,8 @@ from ddpm import UserError, check, check_choice, image_noise, make_generator, to
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = "out"  # the checkpoint is here, and the images go here
+checkpoint = ""  # another checkpoint, a path
+name = ""  # of the files; default sample, or compare with rows= or columns=
 seed = 17  # image k of a seed is the same at any batch size and on any machine (up to rounding)
 w = None  # guidance of Ho & Salimans: -1 unconditional, 0 conditional; default 1.8 (0 without a null label)
 guidance_scale = None  # the other convention, 1 + w; give one of the two
@@ -33,6 +38,7 @@ eta = 0.0  # ddim's noise: 1 makes it ddpm
 ema = True  # the averaged weights; False: the raw ones
 batch_size = 80
 gif = False  # write denoising.gif
+png = False  # write every image as a file of its own, too
 rows = ""  # key=value,value,…: a row per value
 columns = ""  # key=value,value,…: a column per value
 device = "auto"  # cuda, mps, cpu
@@ -41,13 +47,19 @@ dtype = "float32"  # bfloat16, float16, or auto: the fastest here
 config, _ = configure(globals())
 COMPARED = {"w": float, "guidance_scale": float, "sampler": str, "steps": int, "eta": float, "ema": bool, "seed": int}
 device, amp_dtype, _ = runtime.setup_device(device, dtype, "False")
+check(os.path.basename(name) == name, f"name: {name} is of a file in out_dir, without a folder")
 check(not (gif and (rows or columns)), "gif cannot be combined with rows or columns")
 
 
 @functools.cache
 def get_model(ema):
     """The model with averaged or raw weights, loaded once."""
-    return runtime.open_model(out_dir, ema, device, amp_dtype)[0]
+    return runtime.open_model(out_dir, checkpoint, ema, device, amp_dtype)[0]
+
+
+def guidance(settings):
+    """w of some settings (w, guidance_scale, ema)."""
+    return runtime.resolve_guidance(settings["w"], settings["guidance_scale"], 1.8, get_model(settings["ema"]))
 
 
 def values_of(text):
@@ -68,8 +80,9 @@ def sample(changes, title, frames=None):
     frames: {step: its batches}, filled in.
     """
     s, start, done = {key: config[key] for key in COMPARED} | changes, time.time(), []
+    s["w"] = guidance(s)
+    del s["guidance_scale"]
     model = get_model(s.pop("ema"))
-    s["w"] = runtime.resolve_guidance(s["w"], s.pop("guidance_scale"), 1.8, model)
     s["steps"] = s["steps"] or min({"dpm++": 25, "ddim": 50}.get(s["sampler"], model.T), model.T)
     total = math.ceil(len(labels) / batch_size) * s["steps"]
 
@@ -80,15 +93,21 @@ def sample(changes, title, frames=None):
             frames.setdefault(i, []).append(to_uint8(xt).cpu())
 
     y = torch.tensor(labels) if model.K else None
-    guidance = f"w={s['w']:g} (guidance_scale={1 + s['w']:g})"
-    print(f"{title}: {guidance}, {s['sampler']}, {s['steps']} steps, seed {s['seed']}", flush=True)
+    guided = f"w={s['w']:g} (guidance_scale={1 + s['w']:g}), " if model.K else ""
+    print(f"{title}: {guided}{s['sampler']}, {s['steps']} steps, seed {s['seed']}", flush=True)
     batches = model.sample_batches(y, range(len(labels)), batch_size, interval=interval, on_step=on_step, **s)
-    return torch.cat(list(batches))
+    images = torch.cat(list(batches))
+    print(f"{len(images)} images in {time.time() - start:.1f} s")
+    return images
 
 
-def save(image, name, **how):
-    image.save(os.path.join(out_dir, name), **how)
-    print(f"wrote {os.path.join(out_dir, name)}")
+def save(image, file, **how):
+    """Writes a file of out_dir; a PNG with the settings as its text."""
+    info, path = PngInfo(), os.path.join(out_dir, file)
+    info.add_text("settings", json.dumps({k: v for k, v in config.items() if k not in ("out_dir", "checkpoint")}))
+    with runtime.atomic_write(path) as f:
+        image.save(f, format=file[-3:], **how | ({"pnginfo": info} if file.endswith("png") else {}))
+    print(f"wrote {path}")
 
 
 model = get_model(ema)
@@ -97,20 +116,33 @@ names = (list(model.config.class_names) or [str(k) for k in range(model.K)]) if 
 shown = class_ids(classes, names) if classes else list(range(model.K or 1))
 per_class = num_samples or (1 if rows or columns else 8)
 labels = [k for k in shown for _ in range(per_class)]
+stem = name or ("compare" if rows or columns else "sample")
 if rows or columns:
     row_values, column_values = values_of(rows), values_of(columns)
     check(not row_values[0][1].keys() & column_values[0][1].keys(), "rows and columns change the same setting")
-    cells = [sample(a | b, f"{r} {c}".strip()) for r, a in row_values for c, b in column_values]
-    titles, column_titles = [r for r, _ in row_values if r], [c for c, _ in column_values if c]
-    save(tile(torch.cat(cells).numpy(), len(labels) * len(column_values), titles, column_titles), "compare.png")
+    images = [sample(a | b, f"{r} {c}".strip()) for r, a in row_values for c, b in column_values]
+    images = torch.cat(images).numpy()
+    titles, over = [r for r, _ in row_values if r], [names[k] if names else "" for k in shown]
+    heads = [f"{c if k == 0 else ''}\n{over[k]}" for c, _ in column_values for k in range(len(shown))]
+    heads = heads if columns else over if names else ()  # the value over the first class, and the classes
+    save(tile(images, len(labels) * len(column_values), titles, heads), f"{stem}.png")
 else:
-    frames, titles = {} if gif else None, [names[k] for k in shown if names]
+    frames = {} if gif else None
+    titles = [names[k] for k in shown if names and guidance(config) > -1]  # at w = -1 images are of no class
     width = per_class if names else min(8, per_class)
-    save(tile(sample({}, "sampling", frames).numpy(), width, titles), "sample.png")
+    images = sample({}, "sampling", frames).numpy()
+    save(tile(images, width, titles), f"{stem}.png")
     noise = image_noise([make_generator(seed, k) for k in range(len(labels))], model.shape)
-    save(tile(to_uint8(noise / 3).numpy(), width, titles), "noise.png")  # / 3: 3 sigma is black or white
+    noise = to_uint8(noise / 3).numpy()  # / 3: 3 sigma is black or white
+    save(tile(noise, width, titles), f"{name}_noise.png" if name else "noise.png")
     if gif:
-        times = sorted({*range(0, len(frames), max(1, len(frames) // 50)), max(frames)})
-        sheets = [tile(torch.cat(frames[i]).numpy(), width, titles) for i in times]
+        times = sorted({*range(0, len(frames), max(1, len(frames) // 25)), max(frames)})
+        sheets = [tile(torch.cat(frames[i]).numpy(), width, titles, zoom=1) for i in times]
         durations = [80] * (len(sheets) - 1) + [2000]  # ms
-        save(sheets[0], "denoising.gif", save_all=True, append_images=sheets[1:], loop=0, duration=durations)
+        how = dict(save_all=True, append_images=sheets[1:], loop=0, duration=durations)
+        save(sheets[0], f"{name}.gif" if name else "denoising.gif", **how)
+if png:
+    os.makedirs(os.path.join(out_dir, stem), exist_ok=True)
+    for k, image in enumerate(images):
+        title = re.sub(r"\W", "_", names[labels[k % len(labels)]]) if names else "image"
+        tile(image[None], 1, zoom=1, pad=0).save(os.path.join(out_dir, stem, f"{k:04d}_{title}.png"))

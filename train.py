@@ -30,9 +30,9 @@ init_from = "scratch"  # resume: continue from out_dir's checkpoint, with its se
 seed = 0  # of weights, batches, t, noise and dropout
 device = "auto"  # cuda, mps, cpu
 dtype = "auto"  # float32, bfloat16, float16
-use_compile = "auto"  # torch.compile the network: True, False
+use_compile = "auto"  # torch.compile the network: True, False, channels_last
 # data
-dataset = "cifar10"  # fashion_mnist, flowers102, shapes, or a folder of images or shards
+dataset = "cifar10"  # cifar100, mnist, fashion_mnist, flowers102, shapes, or a folder of images or shards
 data_dir = "data"  # where data sets are kept
 classes = ""  # cat,frog keeps only these
 image_size = 0  # 0: the data set's own
@@ -42,7 +42,7 @@ hflip = True  # mirror half of the images
 crop = 1.0  # below 1: random resized crops of at least this share of the side
 # model (see DDPMConfig in ddpm.py)
 conditional = True  # False: ignore the labels
-p_uncond = 0.1  # probability of dropping a label; 0: no guidance later
+p_uncond = 0.1  # probability of dropping a label, below 1; 0: no guidance later
 arch = "unet"  # or cnn
 patch = 1  # 2: work at half the resolution (pixel unshuffle)
 ch = 128  # width of the first level
@@ -61,7 +61,7 @@ weighting = "simple"  # vlb, min_snr
 batch_size = 128  # images per step, over all processes and micro-batches
 grad_accum = 1  # micro-batches per step
 max_iters = 200_000  # steps
-epochs = 0.0  # above 0: the length of the run in epochs, instead of max_iters
+epochs = 0.0  # above 0: the length of the run in epochs; give this or max_iters
 lr = 2e-4  # after warm-up; decays to min_lr along a cosine
 min_lr = 2e-5
 warmup_iters = 1000
@@ -70,7 +70,7 @@ grad_clip = 1.0  # maximal norm of the gradient; 0: any
 ema_decay = 0.9999  # of the averaged weights, which validation and sampling use
 # reports
 eval_interval = 5000  # steps between validations, each followed by a checkpoint
-eval_images = 5000  # of the validation split, at most
+eval_images = 5000  # of the validation split, and of the test split at the end, at most
 log_interval = 100
 sample_interval = 10_000  # steps between class grids; 0: none
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,8 +85,11 @@ if resume or fine_tune:
     check(fine_tune or "shadow" not in checkpoint["ema"], f"{checkpoint_path} is of an older version: fine-tune it")
     saved = checkpoint["config"] if resume else checkpoint["model_args"]
     kept = saved.keys() & config.keys() - {"out_dir", "init_from", "device", "use_compile", *given}
+    changed = [key for key in ("batch_size", "seed") if resume and given.get(key, saved[key]) != saved[key]]
+    check(not changed, f"resume: {', '.join(changed)} cannot change: start a new run, or fine-tune the checkpoint")
     config |= {key: saved[key] for key in kept}
     globals().update(config)
+check(not epochs or "max_iters" not in given, "epochs and max_iters both say how long to train: give one of them")
 earlier = f"{out_dir} holds an earlier run: --init_from=resume continues it; for a new run use another --out_dir"
 check(resume or not os.path.exists(checkpoint_path), earlier)
 
@@ -110,15 +113,10 @@ if rank > 0:
 (images, labels), (test_images, test_labels), names = data.load_splits(dataset, data_dir, image_size, classes)
 if world > 1 and rank == 0:
     dist.barrier()
-n_train = data.training_count(len(images), val_fraction)
-chosen = slice(n_train)  # a view: the images may be mapped from disk
-if n_real:
-    chosen = data.balanced(images[:n_train], None if labels is None else labels[:n_train], n_real, 0)
+(train_images, train_labels), (val_images, val_labels) = data.training_part(images, labels, names, val_fraction, n_real)
 if not conditional or labels is None:
-    labels = test_labels = None
+    train_labels = val_labels = test_labels = None
     names = names if len(names) == 1 else []  # augment.py labels the images of a one-class model
-train_images, train_labels = images[chosen], None if labels is None else labels[chosen]
-val_images, val_labels = images[n_train:], None if labels is None else labels[n_train:]
 n_train = len(train_images)
 batches = data.Batches(train_images, train_labels, batch_size, seed, hflip, crop, 0, device)
 trained_on = dict(dataset=dataset, classes=classes, val_fraction=val_fraction, n_real=n_real)
@@ -126,12 +124,16 @@ trained_on |= dict(training=data.fingerprint(train_images), validation=data.fing
 if epochs:
     max_iters = config["max_iters"] = math.ceil(epochs * n_train / batch_size)
     config["epochs"] = 0.0  # so that a resumed run may change max_iters
+if warmup_iters >= max_iters:
+    log(f"warning: warmup_iters={warmup_iters} does not end within max_iters={max_iters}: lr never reaches {lr:g}")
+if rank == 0:
+    data.save_json(f"{out_dir}/config.json", dict(config=config, machine=runtime.machine(device)))
 
 # 4. Model, and a copy with the averaged weights; optimiser, and a loss scaler for float16.
-torch.manual_seed(seed)
+torch.manual_seed(ddpm.seed_of(seed, 2**28 + checkpoint["step"]) if fine_tune else seed)  # not the old embeddings
 args = {f.name: config[f.name] for f in fields(ddpm.DDPMConfig) if f.name in config}
 args |= dict(image_size=images.shape[1], channels=images.shape[3], class_names=names)
-model = ddpm.DDPM(ddpm.DDPMConfig(**args, num_classes=0 if labels is None else len(names))).to(device)
+model = ddpm.DDPM(ddpm.DDPMConfig(**args, num_classes=0 if train_labels is None else len(names))).to(device)
 model.amp_dtype = amp_dtype
 if checkpoint:
     old, new = asdict(ddpm.DDPMConfig(**checkpoint["model_args"])), asdict(model.config)
@@ -163,7 +165,7 @@ if resume:
     optimizer.param_groups[0]["weight_decay"] = weight_decay  # of the matrices: load_state_dict restored the old one
 del checkpoint
 if use_compile:
-    model.net.compile(dynamic=False)  # in place: parameter names stay those of the plain module
+    model.net.compile(**use_compile)  # in place: parameter names stay those of the plain module
 ddp_model = DistributedDataParallel(model, [device] if "cuda" in device else None) if world > 1 else model
 log(
     f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {world} x {device}, "
@@ -176,16 +178,17 @@ log(
 # 6. Reports: validation loss, class grids, checkpoints.
 @torch.no_grad()
 def evaluate(images, labels):
-    """The loss of the averaged weights, and its four parts by quarter of t, with the same t and noise every time.
+    """The loss of the averaged weights on at most eval_images, and its four parts by quarter of t.
 
-    Every process calls it: they take the batches in turn.
+    An image has the same t and noise every time, in every run. Every process calls it: they take the batches in turn.
     """
-    sums, generator = torch.zeros(4, 2, device=device), ddpm.make_generator(seed, 2**32 - 1)  # sum and count by quarter
-    size = min(batch_size, 250)
-    for i, start in enumerate(range(0, len(images), size)):
-        part = slice(start, min(start + size, len(images)))  # labels may be longer: eval_images cuts only the images
-        t, eps = model.random_t_eps(part.stop - start, generator)
+    sums, size = torch.zeros(4, 2, device=device), min(batch_size, 250)  # sum and count by quarter
+    n = min(eval_images, len(images))
+    for i, start in enumerate(range(0, n, size)):
         if i % world == rank:
+            part = slice(start, min(start + size, n))
+            draws = [model.random_t_eps(1, ddpm.make_generator(0, 2**29 + k)) for k in range(start, part.stop)]
+            t, eps = map(torch.cat, zip(*draws))
             x0, t, eps = ddpm.to_float(torch.tensor(images[part]).to(device)), t.to(device), eps.to(device)
             y = None if labels is None else torch.from_numpy(labels[part]).to(device)
             losses = ema(x0, y, t, eps)
@@ -206,17 +209,15 @@ def save_grid():
 
 
 def save():
-    content = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step)
-    content |= dict(scaler=scaler.state_dict(), sums=sums, history=history, config=config)
-    data.save_json(f"{out_dir}/log.json", history)  # before the checkpoint: if cut off here, the run writes both again
+    state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), sums=sums)
     with runtime.atomic_write(checkpoint_path) as f:
-        torch.save(content | dict(model_args=asdict(model.config), trained_on=trained_on), f)
+        ddpm.save_model(f, model, ema, step, **state, history=history, config=config, trained_on=trained_on)
 
 
 # 7. The loop. The first Ctrl-C or SIGTERM ends it after the current step, with a checkpoint; a second one at once.
 signals = runtime.catch_signals() if world == 1 else []
 rows = slice(rank * batch_size // world, (rank + 1) * batch_size // world)  # of the batch, for this process
-log_step, log_time, log_sums = step, time.time(), torch.zeros(2, device=device)
+log_step, log_time, log_sums, saved_time = step, time.time(), torch.zeros(2, device=device), time.time()
 last_saved, stopped = f"step {step}" if resume else "none", False
 model.train()
 while step < max_iters and not stopped:
@@ -258,22 +259,24 @@ while step < max_iters and not stopped:
         if world > 1:
             dist.all_reduce(log_sums)
         loss, norm = (log_sums[0] / log_sums[1]).item(), norm.item()
-        seconds = max(1e-9, time.time() - log_time) / (step - log_step)
         fine = scaler.get_scale() >= 1 if scaler.is_enabled() else math.isfinite(norm)  # float16: it skips and rescales
         advice = "lower lr, lengthen warmup_iters or use --dtype=float32 and --use_compile=False"
         at = f"step {step}, lr {lr_now:.3g} (last checkpoint: {last_saved})"
         check(fine and math.isfinite(loss), f"loss {loss:.3g}, grad norm {norm:.3g} at {at}: {advice}")
-        log(
-            f"step {step:7d}  loss {loss:.4f}  lr {lr_now:.2e}  grad norm {norm:7.3f}  {1e3 * seconds:8.1f} ms  "
-            f"{batch_size / seconds:8.1f} images/s  {runtime.duration((max_iters - step) * seconds)} left"
-        )
+        speed = ""
+        if step > 1:  # the first step also compiles, or sets up
+            seconds = max(1e-9, time.time() - log_time) / (step - log_step)
+            speed = f"{1e3 * seconds:8.1f} ms  {batch_size / seconds:8.1f} images/s  "
+            speed += f"{runtime.duration((max_iters - step) * seconds)} left"
+        log(f"step {step:7d}  loss {loss:.4f}  lr {lr_now:.2e}  grad norm {norm:7.3f}  {speed}")
         for key, value in dict(log_step=step, log_loss=loss, lr=lr_now).items():
             history[key].append(value)
         sums += log_sums
         log_sums.zero_()
         log_step, log_time = step, time.time()
 
-    # Validate, save, and draw a grid; none of it counts as time of the steps.
+    # Validate, save, and draw a grid; none of it counts as time of the steps. A checkpoint follows every validation,
+    # and every log line that is ten minutes after the last one.
     paused = time.time()
     if evaluates:
         history["step"].append(step)
@@ -281,21 +284,27 @@ while step < max_iters and not stopped:
         history["train_loss"].append((sums[0] / sums[1]).item())
         sums.zero_()
         if len(val_images):
-            val_loss, quarters = evaluate(val_images[:eval_images], val_labels)
+            val_loss, quarters = evaluate(val_images, val_labels)
             history["val_loss"].append(val_loss)
             history["val_quarters"].append(quarters)
             by_quarter = " ".join(f"{q:.4f}" for q in quarters)
             log(f"step {step:7d}  validation loss {val_loss:.4f} (t from clean to noisy: {by_quarter})")
-        if step == max_iters and test_images is not None:
-            history["test_loss"], _ = evaluate(test_images, test_labels)
-            log(f"step {step:7d}  test loss {history['test_loss']:.4f} on {len(test_images)} images")
-    if (evaluates or stopped) and rank == 0:
+    if rank == 0 and log_step == step:
+        data.save_json(f"{out_dir}/log.json", history)
+    if rank == 0 and (evaluates or stopped or (log_step == step and paused - saved_time > 600)):
         save()
-        last_saved = f"step {step}"
+        last_saved, saved_time = f"step {step}", time.time()
     if rank == 0 and sample_interval and not stopped and (step % sample_interval == 0 or step == max_iters):
         save_grid()
     log_time += time.time() - paused
 
+if step == max_iters and test_images is not None:
+    log(f"step {step:7d}  the test loss follows")
+    history["test_loss"], _ = evaluate(test_images, test_labels)
+    log(f"step {step:7d}  test loss {history['test_loss']:.4f} on {min(eval_images, len(test_images))} images")
+    if rank == 0:
+        data.save_json(f"{out_dir}/log.json", history)
+        save()
 if step < max_iters:
     log(f"stopped at step {step} of {max_iters}: `python train.py --init_from=resume --out_dir={out_dir}` continues")
 else:

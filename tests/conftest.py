@@ -184,7 +184,7 @@ def shards(tmp_path_factory):
     for name, (size, channels, classes) in (forms | {"tiny": (8, 3, 3)}).items():
         names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
         names = names[:classes] if classes <= 10 else [str(k) for k in range(classes)]
-        n = 60 if size == 8 else 20
+        n = 60 if size == 8 else 2 * classes
         for split in ("train", "test"):
             images = rng.integers(0, 256, (n, size, size, channels), dtype=np.uint8)
             data.write_shards(f"{root}/{name}/{split}", images, np.arange(n) % classes, names)

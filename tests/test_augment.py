@@ -92,6 +92,36 @@ def test_a_class_subset_and_models_without_labels(trained, shards, tmp_path, run
         assert labels.tolist() == [0] * 7 if classes else labels is None
 
 
+def test_images_of_no_class_get_no_labels(trained, tmp_path, run):
+    """At w = -1 the network sees no labels; below, it is pushed away from them."""
+    for w in (-1, -2):
+        run("augment", *augment_flags(trained, tmp_path / str(w), w=w))
+        assert data.load(f"{tmp_path}/{w}")[1:] == (None, [])
+
+
+def test_variations_of_the_training_images(shards, trained, tmp_path, run, fails, capfd):
+    """Nearer to their images the less noise they start from; with those images' labels, the same bytes when resumed."""
+    (images, labels), *_ = data.load_splits(f"{shards}/tiny")
+    means = []
+    for vary in (0.2, 5):
+        folder = tmp_path / str(vary)
+        cut_off(9, capfd, "augment", *augment_flags(trained, folder, per_class=18, vary=vary, steps=2))
+        run("augment", *augment_flags(trained, folder, per_class=18, vary=vary, steps=2))
+        run("augment", *augment_flags(trained, tmp_path / "whole", per_class=18, vary=vary, steps=2, overwrite=True))
+        assert contents(folder) == contents(tmp_path / "whole")
+        made, made_labels, _ = data.load(str(folder))
+        for k in range(3):  # in turn: the first 54 images are for training
+            real, mine = images[:54][labels[:54] == k].astype(int), made[made_labels == k].astype(int)
+            means.append(np.abs(real - mine).mean())
+    assert max(means[:3]) < 0.7 * min(means[3:])
+    assert "made with another vary" in fails("augment", *augment_flags(trained, folder, per_class=18, steps=2))
+    data.write_shards(f"{tmp_path}/other", images[::-1], labels[::-1], NAMES)
+    other = dict(vary=5, dataset=f"{tmp_path}/other", steps=2, overwrite=True)
+    assert "note: the model was trained on other images" in run("augment", *augment_flags(trained, folder, **other))
+    data.write_shards(f"{tmp_path}/other", images, labels, ["a", "b", "c"])
+    assert "has classes ['a', 'b', 'c']" in fails("augment", *augment_flags(trained, folder, **other))
+
+
 def test_other_sets_are_refused_and_kept(trained, synthetic, tmp_path, run, fails):
     shutil.copytree(synthetic, folder := tmp_path / "s")
     settings = dict(w=1.8, seed=1, dtype="bfloat16", steps=2, per_class=2, ema=False)

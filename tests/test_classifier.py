@@ -151,7 +151,7 @@ def test_arms_get_equal_weights_and_updates(train, monkeypatch):
         assert (x[:, 0, 0, 0] >= 30).any() == ("synthetic" in arm) and (x[:, 0, 0, 0] < 30).any() == ("real" in arm)
         train(x, y, *real, 3, 0)
     assert len(starts) == 4 and all(equal(starts[0], start) for start in starts) and rates == 4 * rates[:30]
-    monkeypatch.setattr(classifier, "n_real", 9)
+    real, _ = data.training_part(*real, ["a", "b", "c"], 0, 9)
     monkeypatch.setattr(classifier, "n_synthetic", 6)
     x, y = classifier.arm_images("real+synthetic", real, synthetic, seed=1)
     assert np.bincount(y[:9]).tolist() == [3, 3, 3] and np.bincount(y[9:]).tolist() == [2, 2, 2]
@@ -214,8 +214,8 @@ def test_test_images_choose_nothing(shards, tmp_path, run):
         for split in ("train", "test"):
             images, labels, names = data.read_shards(f"{shards}/tiny/{split}")
             data.write_shards(f"{tmp_path}/set/{split}", images[:: order if split == "test" else 1], labels, names)
-        run("classifier", *classifier_flags("", tmp_path, "", dataset=f"{tmp_path}/set", arms="real"))
-        found.append(data.read_json(f"{tmp_path}/classifier.json")["runs"])
+        run("classifier", *classifier_flags("", tmp_path / str(order), "", dataset=f"{tmp_path}/set", arms="real"))
+        found.append(data.read_json(f"{tmp_path}/{order}/classifier.json")["runs"])
     assert all((a["step"], a["val"]) == (b["step"], b["val"]) for a, b in zip(*found))
     assert all(a["confusion"] != b["confusion"] for a, b in zip(*found))
 
@@ -224,3 +224,11 @@ def test_synthetic_images_are_counted_where_an_arm_takes_them(shards, synthetic,
     flags = classifier_flags(shards, tmp_path, synthetic, seeds=1, n_synthetic=22)  # there are 21
     assert "54 real and 0 synthetic training images" in run("classifier", *flags, "--arms=real")
     assert "n_synthetic: 22, but there are 21" in fails("classifier", *flags)
+
+
+def test_an_earlier_result_is_kept(shards, tmp_path, run):
+    """A second result gets a name of its own, and the image size is that of the samples."""
+    for n_real in (0, 9):
+        run("classifier", *classifier_flags(shards, tmp_path, "", arms="real", seeds=1, n_real=n_real))
+    kept = [data.read_json(tmp_path / name)["config"]["n_real"] for name in ("classifier.json", "classifier-2.json")]
+    assert kept == [0, 9]

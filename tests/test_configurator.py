@@ -68,10 +68,18 @@ def test_config_files_as_people_write_them(tmp_path, configure, monkeypatch):
     file.write_bytes(b"\xef\xbb\xbfuse_compile = True\r\nout_dir = '~/runs'\r\n")  # as Windows editors write
     assert configure("~/c.py")[1] == dict(use_compile="True", out_dir=f"{tmp_path}/runs")
     assert configure("config/shapes.py", "--data_dir=~")[1]["data_dir"] == str(tmp_path)
-    for text in ("exit()", "import sys; sys.exit()", "lr = 1 / 0", "lr = = 1", "lr = '\0'", "import math"):
+    for text in ("exit()", "import sys; sys.exit()", "lr = 1 / 0", "lr = = 1", "lr = '\0'", "for i in 1,: lrr = 2"):
         file.write_text(text)
-        with pytest.raises(UserError, match="c.py: (SystemExit|ZeroDivision|Syntax|Value|unknown key 'math')"):
+        with pytest.raises(UserError, match="c.py: (SystemExit|ZeroDivision|Syntax|Value|unknown key 'lrr')"):
             configure(str(file))
+    file.write_text(
+        "from math import pi, sqrt\nimport os\nclass A: x = 1\ndef f(): y = 2; return y\nlr = 1e-3 * sqrt(4)"
+    )
+    (tmp_path / "base.py").write_text("seed, batch_size = 3, 4\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert configure(str(file))[1] == dict(lr=0.002)  # what is imported or defined is no setting, but
+    file.write_text("from base import *\nseed += 1\n")
+    assert configure(str(file))[1] == dict(seed=4, batch_size=4)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,5 +1,6 @@
 """data.py: shards, batches, what people have in their folders, downloads, and the errors of each."""
 
+import gzip
 import os
 import pickle
 import threading
@@ -59,13 +60,15 @@ def refusal(action, *args, **kwargs):
 
 def test_shards_in_one_fixed_order(tmp_path):
     """So the validation images of shards that are sorted by class have every class."""
-    folder, sorted_labels, order = tmp_path / "my_images_[1]", np.repeat(np.arange(4), 50), data.fixed_order(200)
+    folder, sorted_labels = tmp_path / "my_images_[1]", np.repeat(np.arange(4), 50)
+    order = data.fixed_order(200, sorted_labels)
     data.write_shards(folder, IMAGES[sorted_labels[:120]], sorted_labels[:120], ["a", "b", "c, d", "e"])
     np.save(folder / "images_00001.npy", np.asfortranarray(IMAGES[sorted_labels[120:]]))
     np.save(folder / "labels_00001.npy", sorted_labels[120:].astype(">i2"))
     images, labels, names = data.load(str(folder))
     assert np.array_equal(labels, sorted_labels[order]) and np.array_equal(images, IMAGES[labels])
-    assert data.training_count(200, 0.2) == 160 and set(labels[160:]) == set(labels[:160]) == {0, 1, 2, 3}
+    (_, training), (_, validation) = data.training_part(images, labels, names, 0.2)
+    assert np.bincount(training).tolist() == [40] * 4 and np.bincount(validation).tolist() == [10] * 4
     kept, got, names = data.load(str(folder), classes=["c, d", "a"])
     assert np.array_equal(kept, images[labels % 2 == 0]) and names == ["c, d", "a"]
     assert np.array_equal(got, 1 - labels[labels % 2 == 0] // 2)
@@ -174,7 +177,7 @@ def test_splits_of_different_images_are_refused_before_any_work(tmp_path, fails)
 def test_classes_by_name_or_number():
     names = ("cat", "frog", "1", "c. d")
     assert data.class_ids("frog, cat,3,1,cat", names) == [1, 0, 3, 2, 0]  # a name comes before a number
-    for classes in ("²", "", "cat,", "-1", "4", "9" * 5000):
+    for classes in ("²", "", "cat,", "-1", "4", "9" * 5000, ["0"], ["cat", "2"]):  # no numbers among names
         assert "unknown class" in refusal(data.class_ids, classes, names)
     assert "did you mean 'frog'?" in refusal(data.class_ids, "frogs", names)
     assert "names a class twice" in refusal(data.class_ids, "cat,0", names, unique=True)
@@ -305,6 +308,85 @@ def test_a_folder_of_images(tmp_path):
     assert "no images" in refusal(load, p / "none") and "neither a data set nor a folder" in refusal(load, p / "no")
 
 
+@pytest.mark.parametrize("layout", (
+    "Training/a Testing/a", "train/a train2/a", "train1 test1", "train test1", "train/a val/a", "train/a test/a Dev/a",
+    "seg_train/a seg_test/a", "images_train images_test", "set/train/a set/test/a", "a/train a/test b/train",
+    "Train_set/a test-set/a", "train/a/test train/b/test", "validation training",
+))  # fmt: skip
+def test_folders_of_splits_are_not_taken_for_classes(layout, tmp_path):
+    for name in layout.split():
+        save_image(tmp_path / name / "1.png")
+    assert "splits" in (line := refusal(data.load, str(tmp_path), "train", "kept", 8)) or "beside train" in line
+
+
+def test_a_folder_says_what_was_understood(tmp_path, capsys):
+    """Names that only resemble those of splits are classes; what is not used is named."""
+    for name in (
+        "train/testtube/a.png",
+        "train/station_train/b.png",
+        "train/station_train/c.png",
+        "test/testtube/d.png",
+    ):
+        save_image(tmp_path / name)
+    for name in ("masks/e.txt", "train/notes.txt", "train/f.png"):
+        os.makedirs(os.path.dirname(tmp_path / name), exist_ok=True)
+        (tmp_path / name).write_text("x")
+    save_image(tmp_path / "train" / "f.png")
+    images, labels, names = data.load(str(tmp_path), "train", str(tmp_path / "kept"), 8)
+    assert names == ["station_train", "testtube"] and len(images) == 3
+    line = capsys.readouterr().out.strip()
+    assert "train: 3 images; station_train 2, testtube 1; not used: " in line and "\n" not in line
+    assert set(line.split("not used: ")[1].split(", ")) == {"f.png", "notes.txt", "masks"}
+
+
+@pytest.mark.parametrize("labels", (np.repeat(np.arange(5), 40), np.repeat(np.arange(3), (2, 3, 195)), None))
+def test_any_part_of_the_fixed_order_has_every_class_in_its_share(labels):
+    order = data.fixed_order(200, labels)
+    assert np.array_equal(np.sort(order), np.arange(200)) and not np.array_equal(order, np.arange(200))
+    if labels is not None:
+        for part in np.array_split(order, 4):
+            assert (abs(np.bincount(labels[part], minlength=labels.max() + 1) - np.bincount(labels) / 4) <= 1).all()
+
+
+def test_the_training_images_have_every_class_or_it_is_named(tmp_path):
+    labels, names = np.repeat([0, 2], 20), ["ant", "bee", "cow"]
+    images = np.zeros((40, 8, 8, 3), np.uint8)
+    assert "no training images of bee" in refusal(data.training_part, images, labels, names, 0.1)
+    assert "no training images of cow" in refusal(data.training_part, images, labels // 2, ["ant", "cow"], 0.1, 1)
+    assert "leaves none" in refusal(data.training_part, images, labels, names, 0.001)
+
+
+def test_files_of_other_programs_beside_the_images(tmp_path):
+    for name in ("a/1.png", "b/2.png"):
+        save_image(tmp_path / name)
+    (tmp_path / "manifest.json").write_text('{"name": "mine", "shards": 3}')
+    np.save(tmp_path / "images_mean.npy", np.zeros(3))
+    assert data.load(str(tmp_path), "train", str(tmp_path / "kept"), 8)[2] == ["a", "b"]
+    data.write_shards(f"{tmp_path}/own", IMAGES, None, [])
+    (tmp_path / "own" / "manifest.json").write_text("[1, 2]")
+    assert len(data.load(f"{tmp_path}/own")[0]) == 25
+
+
+def test_raw_files_may_be_packed_and_damaged_ones_are_said_to_be(tmp_path):
+    pixels, raw = write_fashion_mnist(tmp_path, 20), tmp_path / "FashionMNIST" / "raw"
+    whole = {path.name: path.read_bytes() for path in raw.iterdir()}
+    for name, content in whole.items():
+        (raw / f"{name}.gz").write_bytes(gzip.compress(content))
+        (raw / name).unlink()
+    assert np.array_equal(data.load("fashion_mnist", data_dir=str(tmp_path))[0][..., 0], pixels)
+    for name, content in whole.items():
+        (raw / f"{name}.gz").unlink()
+        (raw / name).write_bytes(content[: len(content) // 2])
+    assert "damaged" in refusal(data.load, "fashion_mnist", "test", str(tmp_path))
+
+
+def test_a_folder_with_the_name_of_a_built_in_set_is_pointed_out(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes").mkdir()
+    data.load("shapes", data_dir=shards)
+    assert "--dataset=./shapes" in capsys.readouterr().out
+
+
 def test_two_processes_may_make_a_set_at_once(tmp_path, monkeypatch):
     """Each in a temporary folder of its own, of which nothing remains, not even when making fails."""
     both, write_shards, seen = threading.Barrier(2), data.write_shards, set()
@@ -354,7 +436,8 @@ def test_every_set_goes_through_all_scripts(name, size, n, tmp_path, monkeypatch
     elif name == "flowers102":
         write_flowers102(tmp_path / "data", monkeypatch)
         images, labels, _ = data.load(name)
-        ids = np.array([k + 102 * i + 1 for k in range(102) for i in range(2)])[data.fixed_order(204)]
+        ids = np.array([k + 102 * i + 1 for k in range(102) for i in range(2)])
+        ids = ids[data.fixed_order(204, np.repeat(np.arange(102), 2))]
         assert np.array_equal(labels, (ids - 1) % 102)
         assert np.array_equal(images[5], data.decode_image(f"data/flowers-102/jpg/image_{ids[5]:05d}.jpg", 64))
     else:

@@ -72,8 +72,9 @@ def test_training_and_samplers_stay_on_the_device(fake_cuda, graphs, monkeypatch
     """And the network of all samplers is one graph, guided or not."""
     images, labels = np.zeros((9, 8, 8, 3), np.uint8), np.arange(9) % 3
     model = on_fake_cuda(ddpm.DDPM(CONFIG), fake_cuda)
-    monkeypatch.setattr(model, "sampler_timesteps", lambda _: [400, 100, 5])  # the fake tensors have no values
+    monkeypatch.setattr(model, "sampler_timesteps", lambda *_: [400, 100, 5])  # the fake tensors have no values
     monkeypatch.setattr(model, "check_sampling", lambda *_: None)
+    monkeypatch.setattr(ddpm, "check", lambda *_: None)
     with fake_cuda:
         x0, y = data.Batches(images, labels, 4, 0, crop=0.8, shift=1, device="cuda")(0)
         t, eps = model.random_t_eps(4, device="cuda")
@@ -111,23 +112,31 @@ def test_device_type_and_compilation_of_each_process(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated=True: emulated or current[-1] == "cuda:1")
-    t4, a100 = ("cuda:0", torch.float16), ("cuda:1", torch.bfloat16)
+    t4, a100, compiled = ("cuda:0", torch.float16), ("cuda:1", torch.bfloat16), dict(dynamic=False)
     for triton in (None, "found"):
         monkeypatch.setattr(runtime, "find_spec", lambda name: triton)
         for device, rank, wanted in (("auto", 0, t4), ("auto", 1, a100), ("cuda", 1, a100), ("cuda:1", 0, a100)):
             monkeypatch.setenv("LOCAL_RANK", str(rank))
-            assert runtime.setup_device(device) == (*wanted, triton is not None) and current[-1] == wanted[0]
-    assert runtime.setup_device("cuda:1", "float32", "False") == ("cuda:1", None, False)
+            how = compiled if triton else {}
+            assert runtime.setup_device(device) == (*wanted, how) and current[-1] == wanted[0]
+    assert runtime.setup_device("cuda:1", "float32", "False") == ("cuda:1", None, {})
+    monkeypatch.delenv("LOCAL_RANK")  # srun and mpirun: two nodes of two GPUs
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank, wanted in enumerate((t4, a100, t4, a100)):
+        monkeypatch.setenv("RANK", str(rank))
+        assert runtime.setup_device()[:2] == wanted
+    with pytest.raises(ddpm.UserError, match="cuda:0 for every process"):
+        runtime.setup_device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ddpm.UserError, match=r"device: cuda:2 is not there \(GPUs: 2\)"):
         runtime.setup_device("auto")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for has_bfloat16, amp_dtype in ((True, torch.bfloat16), (False, None)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
-        assert runtime.setup_device("cpu") == ("cpu", amp_dtype, False)
-    assert runtime.setup_device("cpu", "float16", "True") == ("cpu", torch.float16, True)
+        assert runtime.setup_device("cpu") == ("cpu", amp_dtype, {})
+    assert runtime.setup_device("cpu", "float16", "True") == ("cpu", torch.float16, compiled)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert runtime.setup_device("auto") == ("mps", None, False)
+    assert runtime.setup_device("auto") == ("mps", None, {})
 
 
 @pytest.mark.slow

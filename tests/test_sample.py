@@ -1,18 +1,24 @@
 """sample.py: grids, comparisons, the GIF, and which weights it takes."""
 
+import json
+import os
+
 import numpy as np
 import pytest
+import torch
 from conftest import flags, train_flags
 from PIL import Image
+
+import ddpm
 
 TILE = 18  # an 8x8 image at twice its size, and a margin
 
 
 @pytest.fixture
-def sample(trained, run):  # sample(name, key=value, …): an image that sample.py writes, and what it prints
-    def sample(name, **changes):
+def sample(trained, run):  # sample(file, key=value, …): an image that sample.py writes, and what it prints
+    def sample(file, **changes):
         text = run("sample", *flags(out_dir=trained, device="cpu", **dict(steps=4) | changes))
-        return np.asarray(Image.open(f"{trained}/{name}.png").convert("RGB")).astype(int), text
+        return np.asarray(Image.open(f"{trained}/{file}.png").convert("RGB")).astype(int), text
 
     return sample
 
@@ -29,27 +35,42 @@ def test_an_image_depends_on_its_seed_and_not_on_the_batch_size(sample):
 def test_rows_of_classes_and_a_gif(sample, trained):
     grid, _ = sample("sample", classes="bird,bird,0", num_samples=2, gif=True, ema=False)
     gif = Image.open(f"{trained}/denoising.gif")
-    assert grid.shape[0] == 3 * TILE + 2 and gif.n_frames == 4 and gif.size == grid.shape[1::-1]
+    assert grid.shape[0] == 3 * TILE + 2 and gif.n_frames == 4 and gif.size[1] == 3 * 10 + 2  # at its own size
     gif.seek(3)  # ends at what was sampled, in 256 colours
-    assert np.abs(np.asarray(gif.convert("RGB")).astype(int) - grid).mean() < 3
+    last, last_sampled = np.asarray(gif.convert("RGB")).astype(int)[2:10, -10:-2], grid[2:TILE:2, -TILE:-2:2]
+    assert np.abs(last - last_sampled).mean() < 3
+
+
+def test_checkpoint_name_single_images_and_the_settings_in_them(sample, trained, tmp_path):
+    grid, text = sample("mine", name="mine", checkpoint=f"{trained}/ckpt.pt", num_samples=2, png=True, gif=True)
+    assert json.loads(Image.open(f"{trained}/mine.png").text["settings"])["num_samples"] == 2
+    assert os.path.exists(f"{trained}/mine.gif") and os.path.exists(f"{trained}/mine_noise.png") and " s\n" in text
+    names = sorted(os.listdir(f"{trained}/mine"))
+    assert names == [f"{k:04d}_{c}.png" for k, c in enumerate(("airplane",) * 2 + ("automobile",) * 2 + ("bird",) * 2)]
+    single = np.asarray(Image.open(f"{trained}/mine/{names[0]}")).astype(int)
+    assert single.shape == (8, 8, 3) and (single == grid[2 : 2 + 16 : 2, -2 * TILE : -TILE - 2 : 2]).all()
+
+
+def test_rows_of_no_class_have_no_titles(sample):
+    assert sample("sample", w=-1)[0].shape[1] < sample("sample", w=0)[0].shape[1]
 
 
 def test_two_keys_are_compared_from_the_same_noise(sample):
-    top, gap, columns = TILE, 8, 6  # column titles; between columns; images of a cell: two of each class
+    gap, columns = 8, 6  # after two images of a class; images of a cell
     grid, _ = sample("compare", rows="seed=3,4,3", columns="ema=True,True,False", w=1, num_samples=2)
-    left = grid.shape[1] - 3 * columns * TILE - 2 * gap - 2
+    width = columns * TILE + 3 * gap
+    top, left = grid.shape[0] - 3 * TILE - 2, grid.shape[1] - 3 * width + gap - 2  # of the titles
 
     def cell(i, j):
-        x = left + j * (columns * TILE + gap)
-        return grid[top + 2 + i * TILE : top + (i + 1) * TILE, x + 2 : x + columns * TILE]
+        return grid[top + 2 + i * TILE : top + (i + 1) * TILE, left + j * width + 2 : left + (j + 1) * width - gap]
 
-    assert grid.shape[0] == top + 3 * TILE + 2
+    assert top >= 20 and left > 20
     assert np.array_equal(cell(0, 0), cell(2, 0)) and np.array_equal(cell(0, 0), cell(0, 1))  # equal settings
     assert not np.array_equal(cell(0, 0), cell(1, 0)) and not np.array_equal(cell(0, 0), cell(0, 2))
     alone, _ = sample("compare", columns="ema=False", seed=3, w=1, num_samples=2)  # one cell by itself is the same
-    assert np.array_equal(alone[top + 2 : top + TILE, 2 : columns * TILE], cell(0, 2))
-    assert sample("compare", rows="sampler=ddpm,ddim,dpm++", steps=3)[0].shape[0] == 3 * TILE + 2
-    assert sample("compare", rows="w=-1,0,2,6", columns="steps=2,3")[0].shape[0] == top + 4 * TILE + 2
+    assert np.array_equal(alone[-TILE:-2, 2 : width - gap], cell(0, 2))
+    assert 3 * TILE + 10 < sample("compare", rows="sampler=ddpm,ddim,dpm++", steps=3)[0].shape[0] < 4 * TILE
+    assert sample("compare", rows="w=-1,0,2,6", columns="steps=2,3")[0].shape[0] > 4 * TILE + 2
 
 
 def test_pretrained_weights_are_taken_only_in_place_of_out(tmp_path, run, fails, monkeypatch):
@@ -67,3 +88,12 @@ def test_a_model_without_a_null_label_is_not_guided(shards, tmp_path, run, fails
     run("train", *train_flags(shards, tmp_path, p_uncond=0.0, max_iters=1))
     assert "p_uncond=0" in fails("sample", *flags(out_dir=tmp_path, w=1.8, device="cpu"))
     assert "w=0 " in run("sample", *flags(out_dir=tmp_path, steps=2, device="cpu"))
+
+
+def test_rows_are_images_of_their_classes_with_noise_by_position(sample, trained):
+    grid, _ = sample("sample", classes="bird,airplane", num_samples=2, w=0.5)
+    model, _ = ddpm.load_model(f"{trained}/ckpt.pt")
+    wanted = ddpm.to_uint8(model.sample(torch.tensor([2, 2, 0, 0]), 0.5, 17, sampler="dpm++", steps=4)).numpy()
+    for k, image in enumerate(wanted.astype(int)):
+        row, left = k // 2 * TILE, grid.shape[1] - 2 * TILE - 2 + k % 2 * TILE
+        assert abs(grid[row + 2 : row + TILE : 2, left + 2 : left + TILE : 2] - image).max() <= 1

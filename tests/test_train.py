@@ -11,7 +11,6 @@ import torch
 from conftest import HERE, augment_flags, checkpoint, classifier_flags, cut_off, flags, processes, same, train_flags
 from PIL import Image
 
-import classifier
 import data
 import ddpm
 from configurator import settings_in
@@ -30,13 +29,14 @@ def test_a_run_cut_off_before_any_write_continues_to_the_same_bits(shards, tmp_p
     whole, cut, step = tmp_path / "whole", tmp_path / "cut", 0
     settings = dict(max_iters=4, eval_interval=1, grad_accum=2, dtype="bfloat16", ema_decay=0.5)
     run("train", *train_flags(shards, whole, **settings))
-    for n in range(9):
+    for n in range(13):  # config.json is three writes, and at each step log.json and the checkpoint are
         how = resume(cut) if step else train_flags(shards, cut, **settings)
         status, text = cut_off(n, capfd, "train", *how)
-        assert f"steps {step} to 4, " in text and "torch.bfloat16" in text and (status == 0) == (n == 8), text
-        step = max(0, n - 4)  # a save is six writes; the fifth gives the checkpoint its name
+        assert n < 3 or (f"steps {step} to 4, " in text and "torch.bfloat16" in text)
+        assert (status == 0) == (n == 12), text
+        step = min(4, max(0, n - 7))  # the eighth write gives the first checkpoint its name
         assert (cut / "ckpt.pt").exists() == (step > 0) and (not step or checkpoint(cut)["step"] == step)
-        assert n < 2 or data.read_json(cut / "log.json")["step"]
+        assert n < 5 or data.read_json(cut / "log.json")["step"]
     a, b = checkpoint(whole), checkpoint(cut)
     for key in KEYS:
         assert same(a[key], b[key]), key
@@ -139,7 +139,7 @@ def test_the_validation_loss_is_that_of_the_averaged_weights(shards, trained):
     """In eval mode, with the same t and noise every time; by quarter of t."""
     model, saved = ddpm.load_model(f"{trained}/ckpt.pt")
     (images, labels), *_ = data.load_splits(f"{shards}/tiny")
-    t, eps = model.random_t_eps(6, ddpm.make_generator(0, 2**32 - 1))
+    t, eps = map(torch.cat, zip(*(model.random_t_eps(1, ddpm.make_generator(0, 2**29 + k)) for k in range(6))))
     with torch.no_grad():
         losses = model(ddpm.to_float(torch.tensor(images[54:])), torch.tensor(labels[54:]), t, eps)
     quarters = [losses[t // 5 == q].mean().item() for q in range(4)]
@@ -147,9 +147,11 @@ def test_the_validation_loss_is_that_of_the_averaged_weights(shards, trained):
     assert saved["history"]["val_quarters"][-1] == pytest.approx(quarters, nan_ok=True)
 
 
-def test_epochs_give_the_length(shards, tmp_path, run):
-    text = run("train", *train_flags(shards, tmp_path, epochs=1, eval_interval=99))
-    assert "steps 0 to 7" in text  # 54 images in batches of 8, whatever max_iters says
+def test_epochs_give_the_length(shards, tmp_path, run, fails):
+    settings = train_flags(shards, tmp_path, epochs=1, eval_interval=99)
+    assert "give one of them" in fails("train", *settings)  # epochs and max_iters
+    text = run("train", *(flag for flag in settings if "max_iters" not in flag))
+    assert "steps 0 to 7" in text  # 54 images in batches of 8
     assert checkpoint(tmp_path)["history"]["test_loss"] > 0
     assert "steps 7 to 9" in run("train", *resume(tmp_path, max_iters=9))  # a resumed run may be given another length
     assert "steps 9 to 14" in run("train", *resume(tmp_path, epochs=2))
@@ -197,12 +199,10 @@ def test_odd_data_can_be_trained_on_and_sampled(what, tmp_path, run):
     assert Image.open(tmp_path / "out" / "sample.png").height == max(1, len(names)) * 18 + 2
 
 
-def test_n_real_trains_on_the_images_that_the_classifier_takes(shards, tmp_path, run, fails, monkeypatch):
-    """With labels or without; a resumed run cannot take others."""
-    monkeypatch.setattr(classifier, "n_real", 9)
-    (images, labels), *_ = data.load_splits(f"{shards}/tiny")
-    n = data.training_count(len(images), 0.1)
-    taken, their_labels = classifier.arm_images("real", (images[:n], labels[:n]), None, 0)
+def test_n_real_trains_on_the_images_that_the_classifier_takes(shards, tmp_path, run, fails):
+    """With labels or without; a resumed run cannot take others, nor batches of another size."""
+    (images, labels), _, names = data.load_splits(f"{shards}/tiny")
+    (taken, their_labels), _ = data.training_part(images, labels, names, 0.1, 9)
     assert np.bincount(their_labels).tolist() == [3, 3, 3]
     for conditional in (True, False):
         out_dir = tmp_path / str(conditional)
@@ -210,6 +210,8 @@ def test_n_real_trains_on_the_images_that_the_classifier_takes(shards, tmp_path,
         assert "9 training and 6 validation images" in text
         assert checkpoint(out_dir)["trained_on"]["training"] == data.fingerprint(taken)
     assert "not the images that" in fails("train", *resume(tmp_path / "True", n_real=12))
+    for key in ("batch_size", "seed"):
+        assert f"resume: {key} cannot change" in fails("train", *resume(tmp_path / "True", **{key: 4}))
 
 
 def test_n_real_says_when_it_started_from_other_weights(shards, trained, tmp_path, run):
@@ -242,3 +244,112 @@ def test_a_model_is_fine_tuned_on_other_classes(shards, trained, tmp_path, run, 
     data.write_shards(f"{tmp_path}/grey", np.zeros((40, 8, 8, 1)), None, [])
     settings |= dict(dataset=f"{tmp_path}/grey", classes="")
     assert "channels: checkpoint 3, now 1" in fails("train", *flags(**settings))
+
+
+def test_the_validation_loss_does_not_depend_on_the_batch_size_or_the_seed(shards, trained, tmp_path, run):
+    settings = dict(init_from=f"{trained}/ckpt.pt", max_iters=1, lr=1e-30, min_lr=0, val_fraction=0.5, dropout=0)
+    losses = []
+    for k, batch_size in enumerate((3, 8, 27)):
+        run("train", *train_flags(shards, tmp_path / str(k), seed=k, batch_size=batch_size, **settings))
+        losses.append(data.read_json(tmp_path / str(k) / "log.json")["val_loss"][0])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_what_a_run_leaves_while_it_goes_on(shards, tmp_path, run, monkeypatch):
+    """Settings from the start, the log at every line, a checkpoint ten minutes after the last, and before the test."""
+    now, update = [0.0], ddpm.update_ema
+
+    def slow(ema, model, step, decay):
+        now[0] += 250  # seconds
+        if step:
+            assert data.read_json(tmp_path / "log.json")["log_step"] == list(range(1, step + 1))
+        assert data.read_json(tmp_path / "config.json")["config"]["batch_size"] == 8
+        assert (tmp_path / "ckpt.pt").exists() == (step >= 3)
+        assert step < 3 or checkpoint(tmp_path)["step"] == step // 3 * 3
+        return update(ema, model, step, decay)
+
+    monkeypatch.setattr(ddpm, "update_ema", slow)
+    monkeypatch.setattr("time.time", lambda: now[0])
+    text = run("train", *train_flags(shards, tmp_path, max_iters=8, eval_interval=99, eval_images=6, warmup_iters=9))
+    assert "warning: warmup_iters=9 does not end within max_iters=8" in text and "test loss 0" in text
+    assert " on 6 images" in text
+    first = next(line for line in text.splitlines() if line.startswith("step       1 "))
+    assert "images/s" not in first and text.count("images/s") == 7
+
+
+def test_the_last_checkpoint_comes_before_the_test_loss(shards, tmp_path, run, monkeypatch):
+    saved, save_model = [], ddpm.save_model
+
+    def save(*args, history, **more):
+        saved.append(history["test_loss"])
+        save_model(*args, history=history, **more)
+
+    monkeypatch.setattr(ddpm, "save_model", save)
+    run("train", *train_flags(shards, tmp_path, max_iters=2, eval_interval=2))
+    assert saved[0] is None and saved[-1] > 0 and len(saved) == 2
+
+
+def test_a_run_equals_one_written_out(shards, tmp_path, run):
+    """Label dropping, accumulated gradients, clipping, AdamW, the average after each step, the rate of each step, the
+    losses since the last validation and log line, and validation, from the papers' formulas.
+    """
+    lr, min_lr, decay, clip, wd, p_uncond = 0.01, 0.002, 0.3, 0.7, 0.2, 0.4
+    settings = dict(lr=lr, min_lr=min_lr, weight_decay=wd, ema_decay=decay, grad_clip=clip, p_uncond=p_uncond)
+    settings |= dict(max_iters=5, warmup_iters=1, eval_interval=3, log_interval=9, grad_accum=2, dropout=0.0)
+    run("train", *train_flags(shards, tmp_path, **settings))
+    saved, log = checkpoint(tmp_path), data.read_json(tmp_path / "log.json")
+    images, labels, _ = data.load(f"{shards}/tiny")
+    torch.manual_seed(0)
+    model = ddpm.DDPM(ddpm.DDPMConfig(**saved["model_args"]))
+    weights = dict(model.named_parameters())
+    ema, m, v = (
+        {k: f(w.detach()) for k, w in weights.items()} for f in (torch.clone, torch.zeros_like, torch.zeros_like)
+    )
+    abar = torch.cumprod(1 - torch.linspace(1e-4, 0.6, 20, dtype=torch.float64), 0).float()[:, None, None, None]
+    batches, losses, clipped = data.Batches(images[:54], labels[:54], 8, 0), [], []
+
+    def loss_of(x0, y, t, eps):
+        return (model.net(abar[t].sqrt() * x0 + (1 - abar[t]).sqrt() * eps, t, y) - eps).square().mean(dim=(1, 2, 3))
+
+    for k in range(5):
+        x0, y = batches(k)
+        generator = torch.Generator().manual_seed(2**30 + k)
+        t, eps = torch.randint(20, (8,), generator=generator), torch.randn(8, 3, 8, 8, generator=generator)
+        y = torch.where(torch.rand(8, generator=generator) < p_uncond, 3, y)
+        loss = loss_of(x0, y, t, eps).mean()
+        grads = dict(zip(weights, torch.autograd.grad(loss, list(weights.values()))))
+        norm = sum(g.square().sum() for g in grads.values()).sqrt()
+        losses.append(loss.item())
+        clipped.append(norm.item() > clip)
+        rate = lr / 2 if k < 1 else min_lr + (lr - min_lr) / 2 * (1 + np.cos(np.pi * (k - 1) / 3))
+        with torch.no_grad():
+            for name, w in weights.items():
+                g = grads[name] * min(1, clip / norm)
+                m[name] = 0.9 * m[name] + 0.1 * g
+                v[name] = 0.999 * v[name] + 0.001 * g**2
+                step = m[name] / (1 - 0.9 ** (k + 1)) / ((v[name] / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8)
+                w -= rate * (step + (wd * w if w.ndim > 1 else 0))
+                d = min(decay, (1 + k) / (10 + k))
+                ema[name] = d * ema[name] + (1 - d) * w
+    assert any(clipped)
+    for kind, wanted in (("model", weights), ("ema", ema)):
+        for name, w in wanted.items():
+            assert torch.allclose(saved[kind][name], w, atol=2e-4), (kind, name)
+    assert log["log_step"] == [1, 3, 5] and log["lr"][-1] == pytest.approx(min_lr)
+    assert log["log_loss"] == pytest.approx([losses[0], np.mean(losses[1:3]), np.mean(losses[3:])], rel=1e-3)
+    assert log["train_loss"] == pytest.approx([np.mean(losses[:3]), np.mean(losses[3:])], rel=1e-3)
+    model.load_state_dict(saved["ema"])
+    draws = [torch.Generator().manual_seed(2**29 + k) for k in range(6)]
+    draws = [(torch.randint(20, (1,), generator=g), torch.randn(1, 3, 8, 8, generator=g)) for g in draws]
+    with torch.no_grad():
+        val = loss_of(ddpm.to_float(torch.tensor(images[54:])), torch.tensor(labels[54:]), *map(torch.cat, zip(*draws)))
+    assert log["val_loss"][-1] == pytest.approx(val.mean().item(), rel=1e-4)
+
+
+def test_other_classes_get_embeddings_of_their_own(shards, trained, tmp_path, run):
+    """Not those that the old run began with at the same seed, which still resemble the trained ones."""
+    images, labels, _ = data.load(f"{shards}/tiny")
+    data.write_shards(f"{tmp_path}/tiny", images, labels, ["x", "y", "z"])
+    run("train", *train_flags(tmp_path, tmp_path / "out", init_from=f"{trained}/ckpt.pt", max_iters=1, lr=1e-9))
+    old, new = (checkpoint(f)["model"]["net.condition.label.weight"] for f in (trained, tmp_path / "out"))
+    assert abs(torch.corrcoef(torch.stack([old.flatten(), new.flatten()]))[0, 1]) < 0.3

@@ -17,7 +17,7 @@ import ddpm
 # Values just outside of what a key takes; the line names the key.
 OUTSIDE = {
     "train": """max_iters=0 max_iters=2.5 batch_size=0 batch_size=1048576 grad_accum=0 grad_accum=3 log_interval=0 lr=0
-        eval_interval=0 eval_images=0 min_lr=-1 ema_decay=1 val_fraction=1 val_fraction=0.001 dropout=1 p_uncond=1.01
+        eval_interval=0 eval_images=0 min_lr=-1 ema_decay=1 val_fraction=1 val_fraction=0.001 dropout=1 p_uncond=1
         crop=0 crop=1.01 seed=-1 seed=4294967296 patch=0 patch=65 ch=7 ch=4098 ch_mult= ch_mult=65 ch_mult=1.5,2
         num_res_blocks=65 attn_resolutions=5 attn_resolutions=[[1]] timesteps=100001 schedule=exp objective=mu loss=l3
         weighting=snr arch=mlp epochs=1e308 classes=birb device=cpu:x device=cuda:99 dtype=int8 use_compile=yes""",
@@ -39,8 +39,8 @@ unknown key 'hidden': --help lists the keys | train --hidden=1; augment --hidden
 write it as --lr=value | train --lr; train -lr=1
 no config file 'nothing.py' (settings are written as --key=value) | train nothing.py; sample nothing.py
 file: NameError: name 'x' is not defined | train file
-train a model first, or give its folder with --out_dir | train --init_from=resume; train --init_from=gpt2
-is damaged or not of train.py | train --init_from=file; train --init_from=.
+train a model first | train --init_from=resume; train --init_from=gpt2
+is damaged or not of save_model | train --init_from=file; train --init_from=.
 [Errno | train --out_dir=file; classifier --out_dir=file; train --out_dir=
 did you mean 'cifar10'? | train --dataset=cifar; classifier --dataset=cifar
 image_size: 28 is not divisible by 8 | train --dataset=fashion_mnist --data_dir=SHARDS --ch_mult=1,2,2,2
@@ -96,7 +96,7 @@ def test_bad_checkpoints_are_refused_by_every_script(line_of, trained, tmp_path)
     for content in (b"", whole[:-1], flipped, pickled.getvalue()):
         path.write_bytes(content)
         for command in ("sample", "augment", "train --init_from=resume", "train --init_from=ckpt.pt"):
-            assert "ckpt.pt is damaged or not of train.py" in line_of(*command.split(), "--out_dir=.")
+            assert "ckpt.pt is damaged or not of save_model" in line_of(*command.split(), "--out_dir=.")
     torch.save(dict(model_args={}, ema={}, step=0), path)
     assert "it has only averaged weights" in line_of("train", "--init_from=resume", "--out_dir=.")
 
@@ -105,6 +105,7 @@ def test_a_folder_in_use_is_left_alone(line_of, tmp_path):
     fcntl.flock(lock := os.open(tmp_path, os.O_RDONLY), fcntl.LOCK_EX)
     assert "is in use by another process" in line_of("train", "--out_dir=.")
     assert "is in use by another process" in line_of("augment", "--synthetic_dir=.")
+    assert "is in use by another process" in line_of("classifier", "--out_dir=.")
     os.close(lock)
 
 
