@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import datetime
+import itertools
 import os
 import platform
 import signal
@@ -165,11 +166,8 @@ def atomic_write(path):
 def new_path(path):
     """The path, or if that is taken path-2, path-3, … before the extension: a finished result is not replaced."""
     stem, extension = os.path.splitext(path)
-    k = 1
-    while os.path.exists(path):
-        k += 1
-        path = f"{stem}-{k}{extension}"
-    return path
+    others = (f"{stem}-{k}{extension}" for k in itertools.count(2))
+    return next(p for p in itertools.chain([path], others) if not os.path.exists(p))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

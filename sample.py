@@ -11,7 +11,6 @@ import functools
 import json
 import math
 import os
-import re
 import time
 
 import torch
@@ -38,7 +37,7 @@ eta = 0.0  # ddim's noise: 1 makes it ddpm
 ema = True  # the averaged weights; False: the raw ones
 batch_size = 80
 gif = False  # write denoising.gif
-png = False  # write every image as a file of its own, too
+png = False  # write every image as a file of its own too, row by row: sample/0000.png, …
 rows = ""  # key=value,value,…: a row per value
 columns = ""  # key=value,value,…: a column per value
 device = "auto"  # cuda, mps, cpu
@@ -57,11 +56,6 @@ def get_model(ema):
     return runtime.open_model(out_dir, checkpoint, ema, device, amp_dtype)[0]
 
 
-def guidance(settings):
-    """w of some settings (w, guidance_scale, ema)."""
-    return runtime.resolve_guidance(settings["w"], settings["guidance_scale"], 1.8, get_model(settings["ema"]))
-
-
 def values_of(text):
     """'w=0,1' -> [("w=0", {"w": 0.0}), ("w=1", {"w": 1.0})]; '' -> [("", {})]."""
     if not text:
@@ -75,14 +69,13 @@ def values_of(text):
 
 
 def sample(changes, title, frames=None):
-    """Images (n, H, W, C) uint8 for `labels`, image k with noise k of the seed, under config with some changes.
+    """Images (n, H, W, C) uint8 for `labels`, image k with noise k of the seed, under config with some changes, and w.
 
     frames: {step: its batches}, filled in.
     """
     s, start, done = {key: config[key] for key in COMPARED} | changes, time.time(), []
-    s["w"] = guidance(s)
-    del s["guidance_scale"]
     model = get_model(s.pop("ema"))
+    s["w"] = runtime.resolve_guidance(s["w"], s.pop("guidance_scale"), 1.8, model)
     s["steps"] = s["steps"] or min({"dpm++": 25, "ddim": 50}.get(s["sampler"], model.T), model.T)
     total = math.ceil(len(labels) / batch_size) * s["steps"]
 
@@ -98,7 +91,7 @@ def sample(changes, title, frames=None):
     batches = model.sample_batches(y, range(len(labels)), batch_size, interval=interval, on_step=on_step, **s)
     images = torch.cat(list(batches))
     print(f"{len(images)} images in {time.time() - start:.1f} s")
-    return images
+    return images, s["w"]
 
 
 def save(image, file, **how):
@@ -120,7 +113,7 @@ stem = name or ("compare" if rows or columns else "sample")
 if rows or columns:
     row_values, column_values = values_of(rows), values_of(columns)
     check(not row_values[0][1].keys() & column_values[0][1].keys(), "rows and columns change the same setting")
-    images = [sample(a | b, f"{r} {c}".strip()) for r, a in row_values for c, b in column_values]
+    images = [sample(a | b, f"{r} {c}".strip())[0] for r, a in row_values for c, b in column_values]
     images = torch.cat(images).numpy()
     titles, over = [r for r, _ in row_values if r], [names[k] if names else "" for k in shown]
     heads = [f"{c if k == 0 else ''}\n{over[k]}" for c, _ in column_values for k in range(len(shown))]
@@ -128,10 +121,10 @@ if rows or columns:
     save(tile(images, len(labels) * len(column_values), titles, heads), f"{stem}.png")
 else:
     frames = {} if gif else None
-    titles = [names[k] for k in shown if names and guidance(config) > -1]  # at w = -1 images are of no class
+    images, used_w = sample({}, "sampling", frames)
+    titles = [names[k] for k in shown if names and used_w > -1]  # at w = -1 images are of no class
     width = per_class if names else min(8, per_class)
-    images = sample({}, "sampling", frames).numpy()
-    save(tile(images, width, titles), f"{stem}.png")
+    save(tile(images.numpy(), width, titles), f"{stem}.png")
     noise = image_noise([make_generator(seed, k) for k in range(len(labels))], model.shape)
     noise = to_uint8(noise / 3).numpy()  # / 3: 3 sigma is black or white
     save(tile(noise, width, titles), f"{name}_noise.png" if name else "noise.png")
@@ -144,5 +137,4 @@ else:
 if png:
     os.makedirs(os.path.join(out_dir, stem), exist_ok=True)
     for k, image in enumerate(images):
-        title = re.sub(r"\W", "_", names[labels[k % len(labels)]]) if names else "image"
-        tile(image[None], 1, zoom=1, pad=0).save(os.path.join(out_dir, stem, f"{k:04d}_{title}.png"))
+        tile(image[None], 1, zoom=1, pad=0).save(os.path.join(out_dir, stem, f"{k:04d}.png"))

@@ -46,7 +46,7 @@ def test_checkpoint_name_single_images_and_the_settings_in_them(sample, trained,
     assert json.loads(Image.open(f"{trained}/mine.png").text["settings"])["num_samples"] == 2
     assert os.path.exists(f"{trained}/mine.gif") and os.path.exists(f"{trained}/mine_noise.png") and " s\n" in text
     names = sorted(os.listdir(f"{trained}/mine"))
-    assert names == [f"{k:04d}_{c}.png" for k, c in enumerate(("airplane",) * 2 + ("automobile",) * 2 + ("bird",) * 2)]
+    assert names == [f"{k:04d}.png" for k in range(6)]
     single = np.asarray(Image.open(f"{trained}/mine/{names[0]}")).astype(int)
     assert single.shape == (8, 8, 3) and (single == grid[2 : 2 + 16 : 2, -2 * TILE : -TILE - 2 : 2]).all()
 
