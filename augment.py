@@ -133,8 +133,8 @@ if use_compile:
     model.net.compile(**use_compile)
 if rank == 0:
     print(
-        f"w={w:g} (guidance_scale={1 + w:g}), interval {sampling['interval']}, {sampler}, {steps} steps, seed {seed}; "
-        f"{per_class} images of each of {C} classes into {folder}: {len(todo[0])} of {n_shards} shards to make",
+        f"{runtime.guidance_text(w, sampling['interval'], model)}{sampler}, {steps} steps, seed {seed}; {per_class} images "
+        f"of each of {C} classes into {folder}: {len(todo[0])} of {n_shards} shards to make",
         flush=True,
     )
 for i in mine:

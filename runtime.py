@@ -210,3 +210,9 @@ def resolve_guidance(w, guidance_scale, default, model):
     if guidance_scale is not None:
         return round(guidance_scale - 1, 12)  # 1.3 - 1 is not 0.3 in binary
     return w if w is not None else default if model.K and model.config.p_uncond > 0 else 0.0
+
+
+def guidance_text(w, interval, model):
+    """What a script says of guidance; nothing for an unconditional model."""
+    where = f" for sigma in {list(interval)}" if interval and w > 0 else ""
+    return f"w={w:g} (guidance_scale={1 + w:g}){where}, " if model.K else ""

@@ -86,7 +86,7 @@ def sample(changes, title, frames=None):
             frames.setdefault(i, []).append(to_uint8(xt).cpu())
 
     y = torch.tensor(labels) if model.K else None
-    guided = f"w={s['w']:g} (guidance_scale={1 + s['w']:g}), " if model.K else ""
+    guided = runtime.guidance_text(s["w"], interval, model)
     print(f"{title}: {guided}{s['sampler']}, {s['steps']} steps, seed {s['seed']}", flush=True)
     batches = model.sample_batches(y, range(len(labels)), batch_size, interval=interval, on_step=on_step, **s)
     images = torch.cat(list(batches))

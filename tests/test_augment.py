@@ -79,7 +79,11 @@ def test_a_set_cut_off_before_any_write_is_never_wrong(overwrite, cuts, trained,
         assert (status == 0) == (n == 99)
 
 
-def test_a_class_subset_and_models_without_labels(trained, shards, tmp_path, run):
+def test_images_of_some_classes_or_of_none(trained, shards, tmp_path, run):
+    """At w = -1 the network sees no labels; below, it is pushed away from them."""
+    for w in (-1, -2):
+        run("augment", *augment_flags(trained, tmp_path / str(w), w=w))
+        assert data.load(f"{tmp_path}/{w}")[1:] == (None, [])
     run("augment", *augment_flags(trained, tmp_path / "s", classes="bird,airplane"))
     images, labels, names = data.load(f"{tmp_path}/s")
     assert np.bincount(labels).tolist() == [7, 0, 7] and names == NAMES
@@ -90,13 +94,6 @@ def test_a_class_subset_and_models_without_labels(trained, shards, tmp_path, run
         images, labels, names = data.load(f"{out_dir}/synthetic")
         assert images.shape == (7, 8, 8, 3) and names == expected
         assert labels.tolist() == [0] * 7 if classes else labels is None
-
-
-def test_images_of_no_class_get_no_labels(trained, tmp_path, run):
-    """At w = -1 the network sees no labels; below, it is pushed away from them."""
-    for w in (-1, -2):
-        run("augment", *augment_flags(trained, tmp_path / str(w), w=w))
-        assert data.load(f"{tmp_path}/{w}")[1:] == (None, [])
 
 
 def test_variations_of_the_training_images(shards, trained, tmp_path, run, fails, capfd):

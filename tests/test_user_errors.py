@@ -29,7 +29,7 @@ OUTSIDE = {
         max_iters=0 eval_interval=0 lr=0 val_fraction=0 val_fraction=0.01 seed=-1 n_synthetic=22 classes=birb""",
     "gan": "ch=0 ch=4097 beta1=1 label_smoothing=1 z_dim=0 z_dim=1048576 input_noise=-1 per_class=0 device=cuda:99",
     "evaluate": "n=-1 resize=31 resize=1025 features=vgg split=val image_size=1048576 seed=-1 device=cpu:x dtype=int8",
-    "bench": "rounds=0 steps=0 num_samples=0 num_samples=1048576 peer=jax what=speed samplers=euler patch=0 device=gpu",
+    "bench": "rounds=0 num_samples=1048576 patch=0 device=gpu",
     "ablate": "seeds=0 max_iters=-1 n=-1 seed=4294967296 minutes=1",
 }
 # What the line says, and the commands to which it says so.
@@ -54,6 +54,10 @@ gif cannot be combined with rows or columns | sample --rows=w=0,1 --gif=True
 sampler: 'euler' is not one of ddpm, ddim, dpm++ | augment --overwrite=True --sampler=euler
 make them with `python augment.py` | classifier --synthetic_dir=none; evaluate --dataset=SHARDS/tiny --samples=none
 there are 60 samples and 60 and 60 real images | evaluate --dataset=SHARDS/tiny --samples=SHARDS/tiny --n=61
+what: 'speed' is not one of train, sample | bench --what=speed
+peer: 'jax' is not one of | bench --peer=jax
+samplers: 'euler' is not one of ddpm, ddim, dpm++ | bench --samplers=ddim,euler
+steps and num_samples must be above 0 | bench --num_samples=0; bench --steps=0
 is not one of schedules, | plot; plot beta; ablate; ablate beta
 into its out_dir | plot loss; plot confusion
 """
