@@ -133,7 +133,7 @@ if use_compile:
     model.net.compile(**use_compile)
 if rank == 0:
     print(
-        f"{runtime.guidance_text(w, sampling['interval'], model)}{sampler}, {steps} steps, seed {seed}; {per_class} images "
+        f"{runtime.guidance_text(w, interval, model)}{sampler}, {steps} steps, seed {seed}; {per_class} images "
         f"of each of {C} classes into {folder}: {len(todo[0])} of {n_shards} shards to make",
         flush=True,
     )
