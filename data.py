@@ -33,7 +33,7 @@ TORCHVISION = {  # class, image size, how to place the files by hand
 }
 IMAGE_TYPES = tuple(".png .jpg .jpeg .jfif .bmp .webp .gif .tif .tiff .ppm .pgm .pbm".split())
 # names of splits: Training, test1, seg_val, train_images, …
-SPLIT = re.compile(r"(.*[-_ ])?(train|test|val|valid|dev|eval)(ing|idation|uation)?([-_ ].*|\d*)", re.I)
+SPLIT = re.compile(r"(.*[-_ ])?(train|test|val|valid|dev|eval)(ing|idation|uation)?(set|data)?([-_ ].*|\d*)", re.I)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,10 +256,10 @@ def list_images(folder):
     names = [name for name in folders if found[name]]
     check(len(names) <= 256, f"{folder} has {len(names)} classes, but a shard holds at most 256")
     listed = [(path, k) for k, name in enumerate(names) for path in found[name]]
-    splits = [name for name in names if SPLIT.fullmatch(name)]
-    splits = splits if len(splits) == len(names) else []
     inner = {part for path, _ in listed for part in os.path.relpath(path, folder).split(os.sep)[1:-1]}
-    splits += filter(SPLIT.fullmatch, inner)
+    kinds, inner_kinds = ({n: m[2].lower() for n in group if (m := SPLIT.fullmatch(n))} for group in (names, inner))
+    mixed = len(kinds) == len(names) or len(set(kinds.values())) > 1  # a class may be called train
+    splits = [*kinds] * mixed + [name for name, kind in inner_kinds.items() if kind != "train"]
     advice = "call them train and test, and put the classes inside"
     check(not splits, f"{folder}: {', '.join(sorted(splits))} look like splits, not like classes: {advice}")
     listed = listed or [(path, None) for path in image_paths(folder)]

@@ -311,7 +311,8 @@ def test_a_folder_of_images(tmp_path):
 @pytest.mark.parametrize("layout", (
     "Training/a Testing/a", "train/a train2/a", "train1 test1", "train test1", "train/a val/a", "train/a test/a Dev/a",
     "seg_train/a seg_test/a", "images_train images_test", "set/train/a set/test/a", "a/train a/test b/train",
-    "Train_set/a test-set/a", "train/a/test train/b/test", "validation training",
+    "Train_set/a test-set/a", "trainset testset", "seg_train/a seg_test/a seg_pred", "validation training",
+    "train/a/test train/b/test",
 ))  # fmt: skip
 def test_folders_of_splits_are_not_taken_for_classes(layout, tmp_path):
     for name in layout.split():
