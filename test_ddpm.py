@@ -76,9 +76,8 @@ def test_settings_out_of_range_are_refused():
     wrong |= dict(ch_mult=[(), (1, 0), (1, 65), (1, 1.5)], dropout=[-0.1, 1.1], p_uncond=[-0.1, 1.1, math.nan])
     for name, values in wrong.items():
         for value in values:
-            with pytest.raises(
-                UserError, match=f"^{name}: {re.escape(repr(value))} (is not one of|must be|is not a tuple)"
-            ):
+            said = f"^{name}: {re.escape(repr(value))} (is not one of|must be|is not a tuple)"
+            with pytest.raises(UserError, match=said):
                 DDPMConfig(**TINY | {name: value})
     c = DDPMConfig(**LARGEST, ch_mult=[64], attn_resolutions=[64], class_names=["a"], dropout=1, p_uncond=1)
     assert (c.ch_mult, c.attn_resolutions, c.class_names) == ((64,), (64,), ("a",))  # lists, as JSON gives them
@@ -153,22 +152,16 @@ def test_layers_equal_their_formulas(monkeypatch):
     x, emb = torch.randn(3, 8, 6, 5), torch.randn(3, 12)
     up, film, block = ddpm.Upsample(8), ddpm.FiLM(8, 12), ddpm.ResBlock(8, 8, 12, 0.0, attention=True)
     plain = F.conv2d(F.interpolate(x, scale_factor=2), up.weight, up.bias, padding=1)
+    kernels, transposed = [], F.conv_transpose2d
+    keep = lambda x, kernel, *a, **k: kernels.append(kernel) or transposed(x, kernel, *a, **k)  # noqa: E731
+    monkeypatch.setattr(F, "conv_transpose2d", keep)
     assert up(x).shape == (3, 8, 12, 10) and torch.allclose(up(x), plain, atol=1e-5)
+    assert kernels and all(kernel.is_contiguous() for kernel in kernels)  # MPS ignores strides: its images are wrong
     monkeypatch.setattr(torch.version, "hip", "6.2")  # AMD
     assert torch.allclose(up(x), plain, atol=1e-5)
     out = film.affine(emb)  # scale, then shift
     assert torch.allclose(film(x, emb), film.norm(x) * (1 + out[:, :8, None, None]) + out[:, 8:, None, None])
     assert torch.equal(block(x, emb), x)  # as it begins
-
-
-def test_the_kernel_of_the_transposed_convolution_is_contiguous(monkeypatch):
-    """MPS ignores the strides of a convolution's weights, so with others its images are wrong."""
-    up, seen, function = ddpm.Upsample(8), [], F.conv_transpose2d
-    monkeypatch.setattr(
-        F, "conv_transpose2d", lambda x, kernel, *a, **k: seen.append(kernel) or function(x, kernel, *a, **k)
-    )
-    up(torch.randn(1, 8, 4, 4))
-    assert [kernel.is_contiguous() for kernel in seen] == [True]
 
 
 def test_groups_divide_any_width():
@@ -247,6 +240,9 @@ def test_uint8_round_trip():
     assert torch.equal(to_uint8(x), levels) and torch.equal(to_uint8(x[0]), levels[0])  # and x is as before
     assert torch.equal(to_float(levels[0]), x[0])
     assert to_uint8(torch.tensor([-9.0, -1.004, 1.004, 9.0]).view(1, 1, 4, 1)).flatten().tolist() == [0, 0, 255, 255]
+    for value in (math.nan, math.inf, -math.inf):
+        with pytest.raises(UserError, match="not finite"):
+            to_uint8(torch.tensor([[[0.5, value]]]))
 
 
 def test_noise_of_an_image_is_normal_and_its_own():
@@ -613,12 +609,6 @@ def test_own_network_and_schedule(tmp_path):
             DDPM(DDPMConfig(**TINY), betas=wrong)
 
 
-def test_images_that_are_not_finite_do_not_become_bytes():
-    for value in (math.nan, math.inf, -math.inf):
-        with pytest.raises(UserError, match="not finite"):
-            to_uint8(torch.tensor([[[0.5, value]]]))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # training: learning rate, optimiser and averaged weights
 
@@ -659,13 +649,6 @@ def test_averaged_weights_have_their_closed_form(decay):
 # checkpoints
 
 
-def write_checkpoint(path, model, **changes):
-    """What train.py saves of a model, as far as load_model needs it."""
-    content = dict(model_args=vars(model.config), model=model.state_dict(), ema=model.state_dict(), step=5)
-    torch.save(content | changes, path)
-    return str(path)
-
-
 def same(a, b):
     """Equal state dicts, to the last bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -674,7 +657,7 @@ def same(a, b):
 def test_a_loaded_model_is_the_one_that_was_saved(tmp_path):
     raw, averaged, y = tiny(objective="v"), tiny(objective="v"), torch.tensor([0, 2])
     averaged.load_state_dict({name: p / 2 for name, p in raw.state_dict().items()})
-    path = write_checkpoint(tmp_path / "ckpt.pt", raw, ema=averaged.state_dict())
+    ddpm.save_model(path := str(tmp_path / "ckpt.pt"), raw, averaged, step=5)
     for ema, wanted in ((True, averaged), (False, raw)):
         model, checkpoint = ddpm.load_model(path, ema=ema)
         assert model.config == wanted.config and same(model.state_dict(), wanted.state_dict())
@@ -716,7 +699,8 @@ def test_what_is_no_checkpoint_is_one_line_and_never_executed(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="^no checkpoint bad.pt: train a model first"):
         ddpm.load_model("bad.pt")
-    content = torch.load(write_checkpoint("good.pt", tiny()))
+    ddpm.save_model("good.pt", tiny())
+    content = torch.load("good.pt")
     whole, wrong = (tmp_path / "good.pt").read_bytes(), [b"\x89PNG\r\n" * 99, pickle.dumps(Intruder())]
     lacking = [{k: v for k, v in content.items() if k != key} for key in ("model_args", "ema", "step")]
     for other in (*lacking, [content], 5, torch.zeros(3), content | dict(model_args=Intruder())):
@@ -726,7 +710,7 @@ def test_what_is_no_checkpoint_is_one_line_and_never_executed(tmp_path, monkeypa
         (tmp_path / "bad.pt").write_bytes(data)
         with pytest.raises(UserError, match="^checkpoint bad.pt is damaged or not of save_model$"):
             ddpm.load_model("bad.pt")
-    write_checkpoint("bad.pt", tiny(), ema={f"module.{name}": p for name, p in content["ema"].items()})
+    torch.save(content | dict(ema={f"module.{name}": p for name, p in content["ema"].items()}), "bad.pt")
     with pytest.raises(UserError, match="^checkpoint bad.pt is of another version or another network$"):
         ddpm.load_model("bad.pt")
     torch.save(tiny().state_dict(), "bad.pt")

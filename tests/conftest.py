@@ -46,32 +46,43 @@ def environment(**more):
     return os.environ | {"PYTHONPATH": HERE} | more
 
 
-def call(capfd, script, *flags):
-    """Runs a script in this process as its command line would: (exit status, output and errors)."""
-    status, handlers = 0, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+def execute(script, *flags):
+    """Runs a script in this process as its command line would: its exit status."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     flock, locked = fcntl.flock, []  # a lock lasts as long as its process: here, as the script
-    capfd.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [path_of(script), *flags])
         patch.setattr(sys, "excepthook", sys.__excepthook__)
         patch.setattr(fcntl, "flock", lambda file, how: (locked.append(file), flock(file, how)))
         try:
             runpy.run_path(path_of(script), run_name="__main__")
+            return 0
         except SystemExit as e:
-            status = e.code or 0
+            return e.code or 0
         except BaseException as e:
             try:
                 sys.excepthook(type(e), e, e.__traceback__)
-                status = 1
+                return 1
             except SystemExit as hooked:
-                status = hooked.code
+                return hooked.code
         finally:
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
             for file in locked:
                 os.close(file)
-    out, err = capfd.readouterr()
-    return status, out + err
+
+
+def call(capfd, script, *flags):
+    """execute, and what it prints: (exit status, output and errors)."""
+    capfd.readouterr()
+    status = execute(script, *flags)
+    return status, "".join(capfd.readouterr())
+
+
+def finish(script, *flags, **more):
+    """Runs a script in a process of its own, to its end."""
+    how = dict(capture_output=True, text=True, env=environment(), timeout=TIMEOUT) | more
+    return subprocess.run(command(script, *flags), **how)
 
 
 def cut_off(n, capfd, script, *flags):
@@ -94,16 +105,20 @@ def cut_off(n, capfd, script, *flags):
         return call(capfd, script, *flags)
 
 
+def start(words, **more):
+    """Starts a process whose output and errors can be read."""
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()) | more
+    return subprocess.Popen(words, **how)
+
+
 def processes(n, script, *flags):
     """What a script prints in each of n processes that work together, as under torchrun. They have to succeed."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         where = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE=str(n))
-    pipes, started = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), []
+    ranks = [environment(RANK=str(k), LOCAL_RANK=str(k), **where) for k in range(n)]
+    started = [start(command(script, *flags), env=env) for env in ranks]
     try:
-        for k in map(str, range(n)):
-            env = environment(RANK=k, LOCAL_RANK=k, **where)
-            started.append(subprocess.Popen(command(script, *flags), env=env, **pipes))
         texts = [process.communicate(timeout=TIMEOUT)[0] for process in started]
     finally:
         for process in started:
@@ -195,8 +210,7 @@ def shards(tmp_path_factory):
 def trained(shards, tmp_path_factory):
     """The out_dir of a tiny model, trained for a few steps by the real script."""
     out_dir = str(tmp_path_factory.mktemp("run") / "out")
-    train = command("train", *train_flags(shards, out_dir, sample_interval=6))
-    subprocess.run(train, check=True, cwd=shards, capture_output=True, env=environment(), timeout=TIMEOUT)
+    assert execute("train", *train_flags(shards, out_dir, sample_interval=6)) == 0
     return out_dir
 
 
@@ -204,8 +218,7 @@ def trained(shards, tmp_path_factory):
 def synthetic(trained, tmp_path_factory):
     """A folder of 7 images of each class of `trained`."""
     folder = str(tmp_path_factory.mktemp("synthetic") / "set")
-    augment = command("augment", *augment_flags(trained, folder))
-    subprocess.run(augment, check=True, capture_output=True, env=environment(), timeout=TIMEOUT)
+    assert execute("augment", *augment_flags(trained, folder)) == 0
     return folder
 
 

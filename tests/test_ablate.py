@@ -5,13 +5,12 @@ import re
 import runpy
 import shlex
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import HERE, TIMEOUT, environment, path_of
+from conftest import TIMEOUT, path_of, start
 
 import data
 from configurator import run_config, settings_in
@@ -103,15 +102,14 @@ def test_the_table():
     assert "-2.00" not in text  # nor real images that are fewer than n
 
 
-def start(shards, root, *flags):
+def start_study(shards, root, *flags):
     """ablate.py with a study of two tiny cells, as a process group."""
     base = dict(dataset=f"{shards}/shapes", max_iters=12, ch=8, batch_size=4, log_interval=1, sample_interval=0)
     cells = {"DDPM": dict(timesteps=20, beta_end=0.6, eval_interval=5, steps=3), "DCGAN": dict(script="gan")}
     study = dict(config="config/shapes.py", base=base, n=(20,), cells=cells)
     code = f"from lab import ablate; ablate.STUDIES['tiny'] = {study}; ablate.main()"
-    env = environment(PYTHONPATH=os.pathsep.join([os.path.dirname(path_of("ablate")), HERE]))
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    return subprocess.Popen([sys.executable, "-c", code, "tiny", "--device=cpu", *flags], cwd=root, env=env, **pipes)
+    words = [sys.executable, "-c", code, "tiny", "--device=cpu", *flags]
+    return start(words, cwd=root, start_new_session=True)
 
 
 @pytest.mark.slow
@@ -120,19 +118,19 @@ def test_killed_and_resumed_gives_the_same_results(shards, tmp_path):
     for way in ("whole", "killed"):
         (root := tmp_path / way).mkdir()
         for path, n in kills if way == "killed" else ():
-            process = start(shards, root)
+            process = start_study(shards, root)
             while sum(p.read_text().count("\n") for p in root.glob(f"out-ablate/{path}")) < n:
                 assert process.poll() is None, process.communicate()[0]
                 time.sleep(0.01)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        text = (process := start(shards, root)).communicate(timeout=TIMEOUT)[0]
+        text = (process := start_study(shards, root)).communicate(timeout=TIMEOUT)[0]
         assert process.returncode == 0, text
         found[way] = [r | dict(machine="") for r in data.read_json(f"{root}/out-ablate/tiny.json")["runs"]]
         assert (root / "out-ablate" / "tiny.md").read_text().count("\n| ") == 5  # title, rule, cells, real images
     assert found["whole"] == found["killed"] and [r["title"] for r in found["whole"]] == ["DDPM", "DCGAN"]
     failing = "--results_dir=b --max_iters=7 --device=cpu:x"
     for flags, said in ("", "wrote"), ("--n=21", "was made with other settings"), (failing, "failed: see out-ablate/"):
-        text = (process := start(shards, root, *flags.split())).communicate(timeout=TIMEOUT)[0]
+        text = (process := start_study(shards, root, *flags.split())).communicate(timeout=TIMEOUT)[0]
         assert said in text and len(text.splitlines()) == 2, text  # nothing is made again
         assert process.returncode == (0 if said == "wrote" else 2)

@@ -1,11 +1,9 @@
 """The quick start from end to end: train on shapes, sample, write a synthetic set, and find out whether it helps."""
 
-import subprocess
-
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TIMEOUT, command, environment, flags
+from conftest import finish, flags
 from torch import nn
 
 import classifier
@@ -45,7 +43,7 @@ def test_the_quick_start_gives_the_class_asked_for_and_its_images_help(tmp_path)
         ("augment", *flags(out_dir="out-shapes", per_class=100)),
         ("classifier", *flags(out_dir="out-shapes", **compared, **mlp)),
     ):
-        subprocess.run(command(script, *how), cwd=tmp_path, check=True, env=environment(), timeout=TIMEOUT)
+        finish(script, *how, cwd=tmp_path, check=True)
     (net, real), y = shape_classifier(f"{tmp_path}/data"), torch.arange(200) % 10
     model = ddpm.load_model(f"{tmp_path}/out-shapes/ckpt.pt")[0]
     shown = model.sample(y, 1.8, sampler="dpm++", steps=10), ddpm.DDPM(model.config).sample(y, sampler="dpm++", steps=5)

@@ -6,14 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import classifier_flags
+from conftest import classifier_flags, same
 
 import classifier
 import data
-
-
-def equal(a, b):
-    return all(map(torch.equal, a, b))
 
 
 @pytest.fixture
@@ -99,17 +95,10 @@ def test_optimizers_equal_torchs(double, kind):
     assert all(torch.allclose(p, q, rtol=1e-10, atol=1e-12) for p, q in zip(model.weights(), theirs))
 
 
-def test_trains_with_autograd_off(train, monkeypatch):
-    images, labels, _ = data.make_shapes(60, seed=0)
-    labels, seen, forward = labels.astype(np.int64), [], classifier.Linear.forward
-    monkeypatch.setattr(classifier.Linear, "forward", lambda *a: seen.append(torch.is_grad_enabled()) or forward(*a))
+def test_learns_with_autograd_off_and_is_a_function_of_the_seed(train, monkeypatch):
+    seen, forward = set(), classifier.Linear.forward
+    monkeypatch.setattr(classifier.Linear, "forward", lambda *a: seen.add(torch.is_grad_enabled()) or forward(*a))
     monkeypatch.setattr(torch.Tensor, "backward", lambda *a, **k: pytest.fail("autograd was used"))
-    model, _ = train(images, labels, images, labels, 10, 0)
-    assert seen and not any(seen)
-    assert not any(p.requires_grad for p in model.weights())
-
-
-def test_learns_and_is_a_function_of_the_seed(train):
     rng, labels = np.random.default_rng(0), np.arange(1500) % 3
     images = (rng.integers(0, 200, (1500, 8, 8, 3)) + 12 * labels[:, None, None, None]).astype(np.uint8)
     sets = images[:1000], labels[:1000], images[1000:], labels[1000:], 3  # brighter by class
@@ -117,11 +106,12 @@ def test_learns_and_is_a_function_of_the_seed(train):
     model, best = train(*sets, 0, **how)
     accuracy = (classifier.predict(model, images[1000:], "cpu") == labels[1000:]).mean()
     assert accuracy == pytest.approx(best["val"]) and accuracy > 0.6
-    assert equal(train(*sets, 0, **how)[0].weights(), model.weights())
-    assert not equal(train(*sets, 1, **how)[0].weights(), model.weights())
-    assert not equal(*(train(*sets, seed, lr=0.0)[0].weights() for seed in (0, 1)))  # from the start
+    assert same(train(*sets, 0, **how)[0].weights(), model.weights())
+    assert not same(train(*sets, 1, **how)[0].weights(), model.weights())
+    assert not same(*(train(*sets, seed, lr=0.0)[0].weights() for seed in (0, 1)))  # from the start
     for more in ({"optimizer": "sgd", "lr": 0.01}, {"hidden": ()}):
         assert train(*sets, 0, **how | more)[1]["val"] > 0.5, more
+    assert seen == {False} and not any(p.requires_grad for p in model.weights())
 
 
 def test_keeps_the_best_validation(train, monkeypatch):
@@ -135,7 +125,7 @@ def test_keeps_the_best_validation(train, monkeypatch):
     monkeypatch.setattr(classifier, "predict", predict)
     model, best = train(images, labels, images, labels, 3, 0)
     assert best["step"] == 20 and best["val"] == pytest.approx(25 / 30)
-    assert equal(model.weights(), seen[1]) and not equal(seen[1], seen[2])
+    assert same(model.weights(), seen[1]) and not same(seen[1], seen[2])
 
 
 def test_arms_get_equal_weights_and_updates(train, monkeypatch):
@@ -150,7 +140,7 @@ def test_arms_get_equal_weights_and_updates(train, monkeypatch):
         assert len(x) == n and np.array_equal(x[:, 0, 0, 0] % 3, y)  # images keep their labels
         assert (x[:, 0, 0, 0] >= 30).any() == ("synthetic" in arm) and (x[:, 0, 0, 0] < 30).any() == ("real" in arm)
         train(x, y, *real, 3, 0)
-    assert len(starts) == 4 and all(equal(starts[0], start) for start in starts) and rates == 4 * rates[:30]
+    assert len(starts) == 4 and all(same(starts[0], start) for start in starts) and rates == 4 * rates[:30]
     real, _ = data.training_part(*real, ["a", "b", "c"], 0, 9)
     monkeypatch.setattr(classifier, "n_synthetic", 6)
     x, y = classifier.arm_images("real+synthetic", real, synthetic, seed=1)
@@ -194,7 +184,8 @@ def test_verdict_says_what_the_numbers_say(capsys):
     assert "cat +10.00 points" in text and "dog +10.00 points" in text
 
 
-def test_comparison_writes_what_it_says(shards, synthetic, tmp_path, run):
+def test_comparison_writes_what_it_says(shards, synthetic, tmp_path, run, fails):
+    """The synthetic images are counted where an arm takes them, and a second result gets a name of its own."""
     text = run("classifier", *classifier_flags(shards, tmp_path, synthetic))
     found = data.read_json(f"{tmp_path}/classifier.json")
     assert [(r["arm"], r["seed"]) for r in found["runs"]] == [(a, k) for a in classifier.ARMS for k in (0, 1)]
@@ -206,6 +197,11 @@ def test_comparison_writes_what_it_says(shards, synthetic, tmp_path, run):
     assert text.count("minus real by class") == 3
     text = run("classifier", *classifier_flags(shards, tmp_path, synthetic, val_fraction=0.3, seeds=1))
     assert "note: the generator may have been trained on the validation images" in text
+    kept = [data.read_json(tmp_path / f"{name}.json")["config"]["seeds"] for name in ("classifier", "classifier-2")]
+    assert kept == [2, 1]
+    more = classifier_flags(shards, tmp_path, synthetic, seeds=1, n_synthetic=22)  # there are 21
+    assert "54 real and 0 synthetic training images" in run("classifier", *more, "--arms=real")
+    assert "n_synthetic: 22, but there are 21" in fails("classifier", *more)
 
 
 def test_test_images_choose_nothing(shards, tmp_path, run):
@@ -218,17 +214,3 @@ def test_test_images_choose_nothing(shards, tmp_path, run):
         found.append(data.read_json(f"{tmp_path}/{order}/classifier.json")["runs"])
     assert all((a["step"], a["val"]) == (b["step"], b["val"]) for a, b in zip(*found))
     assert all(a["confusion"] != b["confusion"] for a, b in zip(*found))
-
-
-def test_synthetic_images_are_counted_where_an_arm_takes_them(shards, synthetic, tmp_path, run, fails):
-    flags = classifier_flags(shards, tmp_path, synthetic, seeds=1, n_synthetic=22)  # there are 21
-    assert "54 real and 0 synthetic training images" in run("classifier", *flags, "--arms=real")
-    assert "n_synthetic: 22, but there are 21" in fails("classifier", *flags)
-
-
-def test_an_earlier_result_is_kept(shards, tmp_path, run):
-    """A second result gets a name of its own, and the image size is that of the samples."""
-    for n_real in (0, 9):
-        run("classifier", *classifier_flags(shards, tmp_path, "", arms="real", seeds=1, n_real=n_real))
-    kept = [data.read_json(tmp_path / name)["config"]["n_real"] for name in ("classifier.json", "classifier-2.json")]
-    assert kept == [0, 9]

@@ -40,9 +40,8 @@ def test_help_lists_every_key_with_its_default_and_comment(script, run):
 
 def test_settings_are_the_lines_of_the_block_and_nothing_else(tmp_path, configure):
     script, rule = tmp_path / "script.py", "# " + "-" * 117
-    script.write_text(
-        f"above = 1\n{rule}\n# comment\nw = None  # of w\nlr = 0.5\n{rule}\nbelow = 2\n{rule}\nlast = 3\n"
-    )
+    block = "# comment\nw = None  # of w\nlr = 0.5"
+    script.write_text(f"above = 1\n{rule}\n{block}\n{rule}\nbelow = 2\n{rule}\nlast = 3\n")
     assert configure(script=script) == ({"w": None, "lr": 0.5}, {})
     for name in ("above", "below", "last", "comment"):
         with pytest.raises(UserError, match=f"unknown key '{name}': --help lists the keys"):
@@ -72,9 +71,8 @@ def test_config_files_as_people_write_them(tmp_path, configure, monkeypatch):
         file.write_text(text)
         with pytest.raises(UserError, match="c.py: (SystemExit|ZeroDivision|Syntax|Value|unknown key 'lrr')"):
             configure(str(file))
-    file.write_text(
-        "from math import pi, sqrt\nimport os\nclass A: x = 1\ndef f(): y = 2; return y\nlr = 1e-3 * sqrt(4)"
-    )
+    others = "from math import pi, sqrt\nimport os\nclass A: x = 1\ndef f(): y = 2; return y\n"
+    file.write_text(others + "lr = 1e-3 * sqrt(4)")
     (tmp_path / "base.py").write_text("seed, batch_size = 3, 4\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert configure(str(file))[1] == dict(lr=0.002)  # what is imported or defined is no setting, but

@@ -112,6 +112,8 @@ def test_shards_that_are_refused(files, said, tmp_path):
 def test_a_manifest_lists_every_shard(tmp_path):
     """A set of augment.py is read in its own order, and only if it is the one that was written."""
     data.write_shards(tmp_path, IMAGES, np.zeros(25), ["a"])
+    data.save_json(tmp_path / "manifest.json", [1, 2])  # of another program
+    assert len(data.load(str(tmp_path))[0]) == 25
     shards = {os.path.basename(path): data.file_hash(path) for path in data.shard_files(tmp_path)}
     for complete, listed, said in (
         (False, shards, "is not complete"),
@@ -289,6 +291,8 @@ def test_a_folder_of_images(tmp_path):
         save_image(p / name)
     save_image(tmp_path / "vans" / "j.png")
     (p / "none").mkdir()
+    (p / "manifest.json").write_text('{"name": "mine", "shards": 3}')  # of another program, as is
+    np.save(p / "images_mean.npy", np.zeros(3))
     (p / "car" / "back").symlink_to("..")
     (p / "van").symlink_to("../vans")
     images, labels, names = load(p)
@@ -322,13 +326,8 @@ def test_folders_of_splits_are_not_taken_for_classes(layout, tmp_path):
 
 def test_a_folder_says_what_was_understood(tmp_path, capsys):
     """Names that only resemble those of splits are classes; what is not used is named."""
-    for name in (
-        "train/testtube/a.png",
-        "train/station_train/b.png",
-        "train/station_train/c.png",
-        "test/testtube/d.png",
-    ):
-        save_image(tmp_path / name)
+    for name in "train/testtube/a train/station_train/b train/station_train/c test/testtube/d".split():
+        save_image(tmp_path / f"{name}.png")
     for name in ("masks/e.txt", "train/notes.txt", "train/f.png"):
         os.makedirs(os.path.dirname(tmp_path / name), exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -355,17 +354,6 @@ def test_the_training_images_have_every_class_or_it_is_named(tmp_path):
     assert "no training images of bee" in refusal(data.training_part, images, labels, names, 0.1)
     assert "no training images of cow" in refusal(data.training_part, images, labels // 2, ["ant", "cow"], 0.1, 1)
     assert "leaves none" in refusal(data.training_part, images, labels, names, 0.001)
-
-
-def test_files_of_other_programs_beside_the_images(tmp_path):
-    for name in ("a/1.png", "b/2.png"):
-        save_image(tmp_path / name)
-    (tmp_path / "manifest.json").write_text('{"name": "mine", "shards": 3}')
-    np.save(tmp_path / "images_mean.npy", np.zeros(3))
-    assert data.load(str(tmp_path), "train", str(tmp_path / "kept"), 8)[2] == ["a", "b"]
-    data.write_shards(f"{tmp_path}/own", IMAGES, None, [])
-    (tmp_path / "own" / "manifest.json").write_text("[1, 2]")
-    assert len(data.load(f"{tmp_path}/own")[0]) == 25
 
 
 def test_raw_files_may_be_packed_and_damaged_ones_are_said_to_be(tmp_path):

@@ -13,19 +13,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    TIMEOUT,
-    augment_flags,
-    checkpoint,
-    command,
-    contents,
-    environment,
-    flags,
-    path_of,
-    processes,
-    same,
-    train_flags,
-)
+from conftest import TIMEOUT, augment_flags, checkpoint, command, contents, finish, flags, same, start, train_flags
 from PIL import Image
 
 import data
@@ -55,16 +43,15 @@ for line in sys.stdin:
 """
 
 
-def kill_at_random(kills, most, start, check):
-    """Runs start(), a script and its flags, and kills it up to 20 ms after one of its lines of output 3 to `most`.
+def kill_at_random(kills, most, following, check):
+    """Runs following(), a script and its flags, and kills it up to 20 ms after one of its lines of output 3 to `most`.
 
     check() is called after each run. Fails unless that many runs were killed before their end.
     """
-    rng, hits, pipes = random.Random(0), 0, dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with subprocess.Popen([sys.executable, "-c", FORKS], env=environment(), **pipes) as server:
+    rng, hits = random.Random(0), 0
+    with start([sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stderr=None) as server:
         for _ in range(2 * kills):
-            script, *how = start()
-            words = [rng.randint(3, most), rng.uniform(0, 0.02), path_of(script), *how]
+            words = [rng.randint(3, most), rng.uniform(0, 0.02), *command(*following())[1:]]
             server.stdin.write("\t".join(map(str, words)) + "\n")
             server.stdin.flush()
             hits += int(server.stdout.readline()) == signal.SIGKILL
@@ -75,18 +62,12 @@ def kill_at_random(kills, most, start, check):
     assert hits == kills
 
 
-def finish(script, *how, **more):
-    """A script in a process of its own, run to its end."""
-    return subprocess.run(command(script, *how), capture_output=True, text=True, timeout=TIMEOUT, **more)
-
-
 def peak_memory(script, *how):
     """The largest resident memory of a script's process, in MB."""
     code = "import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
     code += "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"  # kB
-    words = [sys.executable, "-c", code, path_of(script), *how]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment(), timeout=TIMEOUT)
-    return int(done.stdout.split("peak ")[1]) / 1024
+    process = start([sys.executable, "-c", code, *command(script, *how)[1:]])
+    return int(process.communicate(timeout=TIMEOUT)[0].split("peak ")[1]) / 1024
 
 
 def start_torchrun(nproc, script, *how, nnodes=1):
@@ -94,10 +75,8 @@ def start_torchrun(nproc, script, *how, nnodes=1):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         where = ["--master_addr=127.0.0.1", f"--master_port={s.getsockname()[1]}", f"--nnodes={nnodes}"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc_per_node={nproc}"]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(OMP_NUM_THREADS="1"))
-    hosts = [[*launcher, f"--node_rank={k}", path_of(script), *how] for k in range(nnodes)]
-    return [subprocess.Popen(host, **pipes) for host in hosts]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc_per_node={nproc}"]
+    return [start([*torchrun, f"--node_rank={k}", *command(script, *how)[1:]]) for k in range(nnodes)]
 
 
 def torchrun(*args, **how):
@@ -109,10 +88,6 @@ def torchrun(*args, **how):
         for host in hosts:
             host.terminate()
     return max(host.returncode for host in hosts), text
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# kills
 
 
 def test_train_killed_20_times_equals_an_uninterrupted_run(shards, tmp_path, run):
@@ -158,10 +133,6 @@ def test_augment_killed_15_times_leaves_no_wrong_shard(trained, tmp_path, run):
     run("augment", *settings("cut"))
     assert contents(tmp_path / "cut") == whole
     assert np.bincount(data.load(f"{tmp_path}/cut")[1]).tolist() == [200] * 3
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# disks and output
 
 
 def test_a_full_disk_is_one_line_and_the_last_file_stays(trained, tmp_path):
@@ -217,10 +188,6 @@ def test_output_that_cannot_be_written_ends_a_run_in_one_line(output, said, shar
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# several processes and hosts
-
-
 @pytest.mark.parametrize("what", ("SIGTERM", "a process killed"))
 def test_torchrun_that_is_stopped_loses_at_most_eval_interval_steps(what, shards, tmp_path):
     """If one process is killed, the other ends too. The run can be resumed."""
@@ -257,25 +224,10 @@ def test_four_processes_of_two_hosts_equal_one(shards, tmp_path, run):
     assert status == 0 and contents(tmp_path / "a") == contents(tmp_path / "b"), text
 
 
-def test_two_compiled_processes_equal_an_eager_one(shards, tmp_path, run):
-    """DistributedDataParallel cuts a compiled network into several graphs, one for each of its buckets."""
-    how = dict(arch="cnn", ch=96, ch_mult="1", dropout=0.0, max_iters=4, eval_interval=4)  # 2.5 MB: two buckets
-    assert "eager" in run("train", *train_flags(shards, tmp_path / "eager", **how))
-    texts = processes(2, "train", *train_flags(shards, tmp_path / "compiled", use_compile=True, **how))
-    assert "on 2 x cpu" in texts[0] and "compiled" in texts[0]
-    eager, compiled = (checkpoint(tmp_path / name)["history"] for name in ("eager", "compiled"))
-    for key in ("log_loss", "val_loss"):  # not the weights: Adam makes a whole step of a gradient's rounding error
-        np.testing.assert_allclose(compiled[key], eager[key], rtol=1e-3)
-
-
 def test_an_error_of_several_processes_is_shown(shards, tmp_path):
     """In its one line, beside torchrun's own report."""
     status, text = torchrun(2, "train", *train_flags(shards, tmp_path, val_fraction=0.001))
     assert status == 1 and "\ntrain.py: val_fraction" in text and 'train.py", line' not in text, text
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# memory
 
 
 def test_memory_of_train_does_not_grow_with_the_number_of_steps(shards, tmp_path):

@@ -82,7 +82,6 @@ def test_runs_whose_losses_differ_in_kind_are_told_apart(tmp_path, monkeypatch):
 
 
 def test_what_it_cannot_draw_is_one_line(results, fails):
-    assert "'' is not one of schedules, forward, loss, confusion, data" in fails("plot", f"--out_dir={results}")
     data.save_json(f"{results}/log.json", dict(step=[10]))
     assert "is not a log of train.py or lab.gan" in fails("plot", "loss", f"--out_dir={results}")
     data.save_json(f"{results}/log.json", LOG)

@@ -56,7 +56,7 @@ def test_a_signal_saves_the_step_and_the_run_continues(during, shards, trained, 
         return function(*args)
 
     monkeypatch.setattr(owner, name, interrupted)
-    text = run("train", *train_flags(shards, tmp_path, sample_interval=1))
+    text = run("train", *train_flags(shards, tmp_path, sample_interval=int(during == "a grid")))
     step = 1 if during == "a step" else 2  # the grid of step 1 is finished, and one step more
     assert f"stopped at step {step} of 6: " in text and checkpoint(tmp_path)["step"] == step
     assert f"steps {step} to 6" in run("train", *resume(tmp_path))
@@ -97,6 +97,18 @@ def test_micro_batches_and_processes_equal_one_batch(shards, tmp_path, run):
         for key in ("train_loss", "val_loss", "log_loss", "test_loss"):
             np.testing.assert_allclose(one["history"][key], other["history"][key], rtol=1e-4)
         assert norms[name] == pytest.approx(norms["one"], abs=2e-3)  # three digits; Adam hides another scale
+
+
+@pytest.mark.slow
+def test_two_compiled_processes_equal_an_eager_one(shards, tmp_path, run):
+    """DistributedDataParallel cuts a compiled network into several graphs, one for each of its buckets."""
+    how = dict(arch="cnn", ch=96, ch_mult="1", dropout=0.0, max_iters=4, eval_interval=4)  # 2.5 MB: two buckets
+    assert "eager" in run("train", *train_flags(shards, tmp_path / "eager", **how))
+    texts = processes(2, "train", *train_flags(shards, tmp_path / "compiled", use_compile=True, **how))
+    assert "on 2 x cpu" in texts[0] and "compiled" in texts[0]
+    eager, compiled = (checkpoint(tmp_path / name)["history"] for name in ("eager", "compiled"))
+    for key in ("log_loss", "val_loss"):  # not the weights: Adam makes a whole step of a gradient's rounding error
+        np.testing.assert_allclose(compiled[key], eager[key], rtol=1e-3)
 
 
 class HostReads(torch.utils._python_dispatch.TorchDispatchMode):
@@ -195,10 +207,9 @@ def test_n_real_says_when_it_started_from_other_weights(shards, trained, tmp_pat
     run("train", *train_flags(shards, tmp_path / "a", **settings))
     run("train", *resume(tmp_path / "a", max_iters=2))
     run("augment", *augment_flags(tmp_path / "a", tmp_path / "s"))
-    text = run(
-        "classifier", *classifier_flags(shards, tmp_path / "mlp", tmp_path / "s", seeds=1, arms="real,synthetic")
-    )
-    assert "the generator was trained on 9 real images, after a training on others" in text
+    compared = classifier_flags(shards, tmp_path / "mlp", tmp_path / "s", seeds=1, arms="real,synthetic")
+    said = "the generator was trained on 9 real images, after a training on others"
+    assert said in run("classifier", *compared)
 
 
 def test_a_model_is_fine_tuned_on_other_classes(shards, trained, tmp_path, run, fails):
@@ -224,15 +235,6 @@ def test_a_model_is_fine_tuned_on_other_classes(shards, trained, tmp_path, run, 
     data.write_shards(f"{tmp_path}/grey", np.zeros((40, 8, 8, 1)), None, [])
     settings |= dict(dataset=f"{tmp_path}/grey", classes="")
     assert "channels: checkpoint 3, now 1" in fails("train", *flags(**settings))
-
-
-def test_the_validation_loss_does_not_depend_on_the_batch_size_or_the_seed(shards, trained, tmp_path, run):
-    settings = dict(init_from=f"{trained}/ckpt.pt", max_iters=1, lr=1e-30, min_lr=0, val_fraction=0.5, dropout=0)
-    losses = []
-    for k, batch_size in enumerate((3, 8, 27)):
-        run("train", *train_flags(shards, tmp_path / str(k), seed=k, batch_size=batch_size, **settings))
-        losses.append(data.read_json(tmp_path / str(k) / "log.json")["val_loss"][0])
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
 def test_what_a_run_leaves_while_it_goes_on(shards, tmp_path, run, monkeypatch):
@@ -265,21 +267,23 @@ def test_what_a_run_leaves_while_it_goes_on(shards, tmp_path, run, monkeypatch):
 
 def test_a_run_equals_one_written_out(shards, tmp_path, run):
     """Label dropping, accumulated gradients, clipping, AdamW, the average after each step, the rate of each step, the
-    log, and validation with the averaged weights, in all and by quarter of t: from the papers' formulas.
+    log, and validation with the averaged weights, in all and by quarter of t, where an image has the same t and noise
+    at any seed and batch size: from the papers' formulas.
     """
     lr, min_lr, decay, clip, wd, p_uncond = 0.01, 0.002, 0.3, 0.7, 0.2, 0.4
     settings = dict(lr=lr, min_lr=min_lr, weight_decay=wd, ema_decay=decay, grad_clip=clip, p_uncond=p_uncond)
     settings |= dict(max_iters=5, warmup_iters=1, eval_interval=3, log_interval=9, grad_accum=2, dropout=0.0)
+    settings |= dict(seed=3, val_fraction=0.2)  # 12 images, in batches of 8
     run("train", *train_flags(shards, tmp_path, **settings))
     saved, log = checkpoint(tmp_path), data.read_json(tmp_path / "log.json")
     images, labels, _ = data.load(f"{shards}/tiny")
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     model = ddpm.DDPM(ddpm.DDPMConfig(**saved["model_args"]))
     weights = dict(model.named_parameters())
     ema = {name: w.detach().clone() for name, w in weights.items()}
     m, v = ({name: torch.zeros_like(w) for name, w in weights.items()} for _ in range(2))
     abar = torch.cumprod(1 - torch.linspace(1e-4, 0.6, 20, dtype=torch.float64), 0).float()[:, None, None, None]
-    batches, losses, rates, clipped = data.Batches(images[:54], labels[:54], 8, 0), [], [], []
+    batches, losses, rates, clipped = data.Batches(images[:48], labels[:48], 8, 3), [], [], []
 
     def draw(generator, n):
         return torch.randint(20, (n,), generator=generator), torch.randn(n, 3, 8, 8, generator=generator)
@@ -289,7 +293,7 @@ def test_a_run_equals_one_written_out(shards, tmp_path, run):
 
     for k in range(5):
         x0, y = batches(k)
-        generator = torch.Generator().manual_seed(2**30 + k)
+        generator = torch.Generator().manual_seed(ddpm.seed_of(3, 2**30 + k))
         t, eps = draw(generator, 8)
         y = torch.where(torch.rand(8, generator=generator) < p_uncond, 3, y)
         loss = loss_of(x0, y, t, eps).mean()
@@ -312,15 +316,15 @@ def test_a_run_equals_one_written_out(shards, tmp_path, run):
         for name, w in wanted.items():
             assert torch.allclose(saved[kind][name], w, atol=2e-4), (kind, name)
     model.load_state_dict(saved["ema"])
-    t, eps = map(torch.cat, zip(*(draw(torch.Generator().manual_seed(2**29 + k), 1) for k in range(6))))
+    t, eps = map(torch.cat, zip(*(draw(torch.Generator().manual_seed(2**29 + k), 1) for k in range(12))))
     with torch.no_grad():
-        val = loss_of(ddpm.to_float(torch.tensor(images[54:])), torch.tensor(labels[54:]), t, eps)
+        val = loss_of(ddpm.to_float(torch.tensor(images[48:])), torch.tensor(labels[48:]), t, eps)
     quarters = [val[t // 5 == q].mean().item() for q in range(4)]
     assert log["val_loss"][-1] == pytest.approx(val.mean().item(), rel=1e-4)
     assert saved["history"]["val_quarters"][-1] == pytest.approx(quarters, rel=1e-4, nan_ok=True)
     keys = "step epochs train_loss val_loss val_quarters test_loss log_step log_loss lr"
     assert log.keys() == set(keys.split()) and log["step"] == [3, 5] and log["log_step"] == [1, 3, 5]
-    assert log["epochs"] == pytest.approx([3 * 8 / 54, 5 * 8 / 54]) and log["test_loss"] > 0
+    assert log["epochs"] == pytest.approx([3 * 8 / 48, 5 * 8 / 48]) and log["test_loss"] > 0
     assert log["lr"] == pytest.approx([rates[0], rates[2], rates[4]])
     assert log["log_loss"] == pytest.approx([losses[0], np.mean(losses[1:3]), np.mean(losses[3:])], rel=1e-3)
     assert log["train_loss"] == pytest.approx([np.mean(losses[:3]), np.mean(losses[3:])], rel=1e-3)

@@ -58,7 +58,8 @@ what: 'speed' is not one of train, sample | bench --what=speed
 peer: 'jax' is not one of | bench --peer=jax
 samplers: 'euler' is not one of ddpm, ddim, dpm++ | bench --samplers=ddim,euler
 steps and num_samples must be above 0 | bench --num_samples=0; bench --steps=0
-is not one of schedules, | plot; plot beta; ablate; ablate beta
+is not one of schedules, forward, loss, confusion, data | plot; plot beta
+is not one of schedules, | ablate; ablate beta
 into its out_dir | plot loss; plot confusion
 """
 
