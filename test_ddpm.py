@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import same
 from torch import nn
 
 import ddpm
@@ -162,9 +163,6 @@ def test_layers_equal_their_formulas(monkeypatch):
     out = film.affine(emb)  # scale, then shift
     assert torch.allclose(film(x, emb), film.norm(x) * (1 + out[:, :8, None, None]) + out[:, 8:, None, None])
     assert torch.equal(block(x, emb), x)  # as it begins
-
-
-def test_groups_divide_any_width():
     widths = {2: 1, 6: 1, 8: 2, 10: 2, 48: 12, 100: 25, 128: 32, 132: 22, 320: 32}
     assert {ch: ddpm.GroupNorm(ch).num_groups for ch in widths} == widths
 
@@ -647,11 +645,6 @@ def test_averaged_weights_have_their_closed_form(decay):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
-
-
-def same(a, b):
-    """Equal state dicts, to the last bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_loaded_model_is_the_one_that_was_saved(tmp_path):

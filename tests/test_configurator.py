@@ -2,12 +2,12 @@
 
 import functools
 import io
-import subprocess
+import os
 import sys
 
 import pytest
 import torch
-from conftest import HERE, TIMEOUT, path_of
+from conftest import HERE, finish, path_of
 
 import configurator
 from ddpm import UserError
@@ -103,8 +103,8 @@ def test_every_key_takes_a_value_of_its_type_and_range_or_names_the_key(script, 
 
 
 def test_a_real_command_line_works_anywhere_and_imports_little(tmp_path):
-    command = [sys.executable, "-X", "importtime", f"{HERE}/train.py", "config/shapes.py", "--dataset=nowhere"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHONPROFILEIMPORTTIME": "1"}
+    done = finish("train", "config/shapes.py", "--dataset=nowhere", cwd=tmp_path, env=env)
     imports = {line for line in done.stderr.splitlines() if line.startswith("import time:")}
     (error,) = set(done.stderr.splitlines()) - imports
     assert (done.returncode, done.stdout) == (2, "") and error.startswith("train.py: dataset 'nowhere' is neither")

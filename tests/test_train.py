@@ -13,7 +13,7 @@ from PIL import Image
 
 import data
 import ddpm
-from configurator import settings_in
+from configurator import run_config, settings_in
 
 KEYS = ("model", "ema", "optimizer", "scaler", "step", "sums", "history", "trained_on")
 
@@ -27,7 +27,7 @@ def test_a_run_cut_off_before_any_write_continues_to_the_same_bits(shards, tmp_p
     dropout, micro-batches and bfloat16, to the weights, average, optimiser and log of a run that never stopped.
     """
     whole, cut, step = tmp_path / "whole", tmp_path / "cut", 0
-    settings = dict(max_iters=4, eval_interval=1, grad_accum=2, dtype="bfloat16", ema_decay=0.5)
+    settings = dict(max_iters=4, eval_interval=1, grad_accum=2, dtype="bfloat16", ema_decay=0.5, eval_images=4)
     run("train", *train_flags(shards, whole, **settings))
     for n in range(13):  # config.json is three writes, and at each step log.json and the checkpoint are
         how = resume(cut) if step else train_flags(shards, cut, **settings)
@@ -66,18 +66,11 @@ def test_a_signal_saves_the_step_and_the_run_continues(during, shards, trained, 
 
 def test_a_resumed_run_may_change_to_float16_and_keeps_its_loss_scale(trained, tmp_path, run):
     shutil.copytree(trained, tmp_path / "out")
-    assert "torch.float16" in run("train", *resume(tmp_path / "out", dtype="float16", max_iters=7))
+    assert "torch.float16" in run("train", *resume(tmp_path / "out", dtype="float16", max_iters=7, eval_images=1))
     saved = checkpoint(tmp_path / "out")
     torch.save(saved | dict(scaler=saved["scaler"] | dict(scale=64.0)), tmp_path / "out" / "ckpt.pt")
     assert "torch.float16" in run("train", *resume(tmp_path / "out", max_iters=8))
     assert checkpoint(tmp_path / "out")["scaler"]["scale"] == 64
-
-
-def test_a_folder_that_holds_a_run_is_refused(shards, trained, fails):
-    before = checkpoint(trained)
-    for start in ("scratch", f"{trained}/ckpt.pt"):
-        assert "holds an earlier run" in fails("train", *train_flags(shards, trained, init_from=start))
-    assert same(before, checkpoint(trained))
 
 
 def test_micro_batches_and_processes_equal_one_batch(shards, tmp_path, run):
@@ -160,10 +153,7 @@ def test_every_config_runs(name, shards, tmp_path, run):
 
 def test_the_default_recipe_is_that_of_cifar_linear_and_has_38_million_parameters():
     defaults = {key: default for key, (default, _) in settings_in(f"{HERE}/train.py").items()}
-    scope = {}
-    with open(f"{HERE}/config/cifar_linear.py") as f:
-        exec(f.read(), {}, scope)
-    assert scope.items() <= defaults.items()
+    assert run_config(f"{HERE}/config/cifar_linear.py").items() <= defaults.items()
     config = ddpm.DDPMConfig(num_classes=10)
     assert all(getattr(config, key) == defaults[key] for key in vars(config).keys() & defaults.keys() - {"image_size"})
     with torch.device("meta"):
@@ -230,6 +220,8 @@ def test_a_model_is_fine_tuned_on_other_classes(shards, trained, tmp_path, run, 
         old = start["net.condition.label.weight"][: len(new)]
         assert len(new) == 1 + len(classes.split(",") if classes else "abc")
         assert not classes or abs(torch.corrcoef(torch.stack([old.flatten(), new.flatten()]))[0, 1]) < 0.3
+    assert "holds an earlier run" in fails("train", *flags(**settings | dict(out_dir=trained)))
+    assert same(start, checkpoint(trained)["ema"])
     settings |= dict(out_dir=tmp_path / "refused")
     assert "ch: checkpoint 8, now 16" in fails("train", *flags(**settings, ch=16))
     data.write_shards(f"{tmp_path}/grey", np.zeros((40, 8, 8, 1)), None, [])

@@ -39,6 +39,7 @@ unknown key 'hidden': --help lists the keys | train --hidden=1; augment --hidden
 write it as --lr=value | train --lr; train -lr=1
 no config file 'nothing.py' (settings are written as --key=value) | train nothing.py; sample nothing.py
 file: NameError: name 'x' is not defined | train file
+holds an earlier run | train --out_dir=TRAINED; train --out_dir=TRAINED --init_from=TRAINED/ckpt.pt
 train a model first | train --init_from=resume; train --init_from=gpt2
 is damaged or not of save_model | train --init_from=file; train --init_from=.
 [Errno | train --out_dir=file; classifier --out_dir=file; train --out_dir=
