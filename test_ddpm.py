@@ -64,20 +64,17 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# configuration
-
-
 def test_settings_out_of_range_are_refused():
     for name, most in LARGEST.items():
         for value in (0, -1, most + 1, 8.5, "8", True):
             with pytest.raises(UserError, match=f"^{name}: {value!r} is not a whole number( from 1 to {most})?$"):
                 DDPMConfig(**TINY | {name: value})
     wrong = dict(arch=["vit"], schedule=["exp"], objective=["score"], loss=["l3"], weighting=["snr"], ch=[7])
-    wrong |= dict(ch_mult=[(), (1, 0), (1, 65), (1, 1.5)], dropout=[-0.1, 1.1], p_uncond=[-0.1, 1.1, math.nan])
+    wrong |= dict(dropout=[-0.1, 1.1, "much"], p_uncond=[-0.1, 1.1, math.nan])
+    wrong |= dict(ch_mult=[(), (1, 0), (1, 65), (1, 1.5), 3])
     for name, values in wrong.items():
         for value in values:
-            said = f"^{name}: {re.escape(repr(value))} (is not one of|must be|is not a tuple)"
+            said = f"^{name}: {re.escape(repr(value))} (is not one of|must be|is not a )"
             with pytest.raises(UserError, match=said):
                 DDPMConfig(**TINY | {name: value})
     c = DDPMConfig(**LARGEST, ch_mult=[64], attn_resolutions=[64], class_names=["a"], dropout=1, p_uncond=1)
@@ -93,10 +90,6 @@ def test_image_sizes_that_the_levels_do_not_fit_are_refused():
             DDPMConfig(**TINY | dict(patch=patch, attn_resolutions=(4, side)))
     DDPMConfig(**TINY | dict(image_size=6, attn_resolutions=[3]))  # the U-Net's first level keeps the resolution
     DDPMConfig(**TINY | dict(arch="cnn", attn_resolutions=[3]))  # has no attention
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# noise schedules
 
 
 @pytest.mark.parametrize("schedule", ddpm.SCHEDULES)
@@ -122,17 +115,14 @@ def test_tables_against_plain_python(schedule):
     assert len(model.abar) == T
 
 
-def test_betas_that_are_not_between_0_and_1_are_refused():
+def test_betas_outside_0_to_1_are_refused_and_a_signal_that_remains_is_warned_of(recwarn):
+    """That is sqrt(abar_T) above 0.1. With all betas equal, abar_T = (1 - beta)^T."""
     wrong = dict(linear=[(0.0, 0.02), (-0.1, 0.1), (1e-4, 1.0), (1e-4, math.nan)])
     wrong |= dict(quadratic=[(0.0, 0.02), (-0.1, 0.1), (0.1, -0.1), (1e-4, 1.5)])
     wrong |= dict(sigmoid=[(-0.1, 0.1), (1e-4, 1.5), (math.inf, 0.02)])
     for schedule, ends in [(name, ends) for name in wrong for ends in wrong[name]]:
         with pytest.raises(UserError, match="^betas run from .* to .*, not between 0 and 1$"):
             DDPM(DDPMConfig(**TINY | dict(schedule=schedule, beta_start=ends[0], beta_end=ends[1])))
-
-
-def test_signal_that_remains_at_the_end_is_warned_of(recwarn):
-    """sqrt(abar_T) above 0.1. With all betas equal, abar_T = (1 - beta)^T."""
     equal = lambda abar: dict.fromkeys(("beta_start", "beta_end"), 1 - abar ** (1 / 20))  # noqa: E731
     with pytest.warns(UserWarning, match="timesteps=20: .*= 0.10 of the image.*raise timesteps or beta_end"):
         tiny(**equal(0.0101))
@@ -142,10 +132,6 @@ def test_signal_that_remains_at_the_end_is_warned_of(recwarn):
     assert not recwarn.list
     with pytest.raises(UserError, match="800 steps of these betas leave alpha_bar 0"):
         tiny(timesteps=800, beta_start=0.6, beta_end=0.6)  # 1e-318: a float64, but not one to divide by
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# network
 
 
 def test_layers_equal_their_formulas(monkeypatch):
@@ -227,10 +213,6 @@ def test_autocast_covers_only_the_network():
     assert out.dtype == loss.dtype == torch.float32 and dtypes == [torch.bfloat16, torch.bfloat16]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# images and noise
-
-
 def test_uint8_round_trip():
     levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).repeat(2, 1, 1, 3)
     x = to_float(levels)
@@ -260,10 +242,6 @@ def test_streams_of_all_seeds_differ():
     seeds = [ddpm.seed_of(seed, k) for seed in (0, 1, 2, 17, 1337, 10**6) for k in streams]
     assert len(set(seeds)) == len(seeds) and min(seeds) >= 0 and max(seeds) < 2**32
     assert ddpm.seed_of(1, 0) == 2654435761  # the published images are of these seeds
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# diffusion: noised images, predictions, loss
 
 
 def test_t_and_eps_are_drawn_uniformly_and_normally():
@@ -344,10 +322,6 @@ def test_nothing_is_dropped_while_sampling_or_validating(arch):
     assert torch.equal(first, again) and not model.training and not inner.training
     assert torch.equal(model(x0, y, t, eps), model(x0, y, t, eps))
     assert all(labels == [0, 1, 2] for _, labels in model.net.seen)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# guidance and sampling
 
 
 def test_guidance_convention(double):
@@ -542,10 +516,6 @@ def test_sampling_goes_on_from_a_noisy_image(sampler, eta):
             model.sample(y, start=(t, images), steps=steps, **how)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what a library is given
-
-
 def test_numbers_of_numpy_are_numbers(tmp_path):
     numbers = dict(num_classes=np.array([0, 2]).max() + 1, ch_mult=np.array([1, 2]), dropout=np.float32(0.5))
     config = DDPMConfig(**TINY | numbers | dict(class_names=np.array(["a", "b", "c"])))
@@ -557,9 +527,6 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
         assert torch.equal(x, plain)
     ddpm.save_model(tmp_path / "m.pt", model)
     assert ddpm.load_model(tmp_path / "m.pt")[0].config == config  # nothing of NumPy's is in the file
-    for wrong in (dict(ch="x"), dict(ch=2.5), dict(dropout="much"), dict(ch_mult=(1, 2.5)), dict(ch_mult=3)):
-        with pytest.raises(UserError, match="is not a "):
-            DDPMConfig(**TINY | wrong)
 
 
 X0, Y, T, EPS = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=int), torch.ones(4, dtype=int), torch.zeros(4, 3, 8, 8)
@@ -607,10 +574,6 @@ def test_own_network_and_schedule(tmp_path):
             DDPM(DDPMConfig(**TINY), betas=wrong)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# training: learning rate, optimiser and averaged weights
-
-
 def test_learning_rate_warms_up_and_falls_along_a_cosine():
     rates = [ddpm.learning_rate(step, 12, 0.8, 0.1, 3) for step in range(12)]
     assert rates == pytest.approx([0.2, 0.4, 0.6] + [0.45 + 0.35 * math.cos(math.pi * k / 8) for k in range(9)])
@@ -641,10 +604,6 @@ def test_averaged_weights_have_their_closed_form(decay):
     d = [min(decay, (1 + k) / (10 + k)) for k in range(30)]
     shares = torch.tensor([(1 - d[k]) * math.prod(d[k + 1 :]) for k in range(30)] + [math.prod(d)])
     assert all(torch.allclose(p, shares, rtol=1e-4) for p in ema.parameters())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoints
 
 
 def test_a_loaded_model_is_the_one_that_was_saved(tmp_path):
@@ -707,6 +666,6 @@ def test_what_is_no_checkpoint_is_one_line_and_never_executed(tmp_path, monkeypa
     with pytest.raises(UserError, match="^checkpoint bad.pt is of another version or another network$"):
         ddpm.load_model("bad.pt")
     torch.save(tiny().state_dict(), "bad.pt")
-    with pytest.raises(UserError, match="^bad.pt holds weights alone.* save_model$"):
+    with pytest.raises(UserError, match="^bad.pt holds only a state_dict.* save_model$"):
         ddpm.load_model("bad.pt")
     assert not os.path.exists("made")

@@ -87,13 +87,11 @@ def finish(script, *flags, **more):
 
 def cut_off(n, capfd, script, *flags):
     """call, of a script that is cut off before its n-th fsync, renaming or removal of a file."""
-    left = n
+    left = iter(range(n))
 
     def counted(function):
         def wrapped(*args):
-            nonlocal left
-            left -= 1
-            if left < 0:
+            if next(left, None) is None:
                 raise GeneratorExit  # what no script catches
             return function(*args)
 

@@ -38,12 +38,10 @@ def test_the_quick_start_gives_the_class_asked_for_and_its_images_help(tmp_path)
     data.write_shards(f"{tmp_path}/data/shapes/test", *data.make_shapes(2000, 1))  # instead of 10,000
     mlp = dict(hidden=128, batch_size=64, max_iters=600, warmup_iters=50, dropout=0, shift=0, hflip=False)
     compared = dict(n_real=200, seeds=3, arms="real,real+synthetic,real+real", dataset="shapes")
-    for script, *how in (
-        ("train", "config/shapes.py", *flags(sample_interval=0, max_iters=800)),
-        ("augment", *flags(out_dir="out-shapes", per_class=100)),
-        ("classifier", *flags(out_dir="out-shapes", **compared, **mlp)),
-    ):
-        finish(script, *how, cwd=tmp_path, check=True)
+    here = dict(cwd=tmp_path, check=True)
+    finish("train", "config/shapes.py", *flags(sample_interval=0, max_iters=800), **here)
+    finish("augment", *flags(out_dir="out-shapes", per_class=100), **here)
+    finish("classifier", *flags(out_dir="out-shapes", **compared, **mlp), **here)
     (net, real), y = shape_classifier(f"{tmp_path}/data"), torch.arange(200) % 10
     model = ddpm.load_model(f"{tmp_path}/out-shapes/ckpt.pt")[0]
     shown = model.sample(y, 1.8, sampler="dpm++", steps=10), ddpm.DDPM(model.config).sample(y, sampler="dpm++", steps=5)

@@ -145,10 +145,8 @@ def test_real_images_are_decoded_at_the_size_of_the_samples(tmp_path, run):
 
 def test_copied_samples_are_found(real_shapes, run):
     """Of the training split, not of the test split. The second result does not replace the first."""
-    how = {
-        split: evaluation(real_shapes, f"{real_shapes}/real/{split}", classes="ring,disc", split=split)
-        for split in ("train", "test")
-    }
+    of = lambda split: f"{real_shapes}/real/{split}"  # noqa: E731
+    how = {s: evaluation(real_shapes, of(s), classes="ring,disc", split=s) for s in ("train", "test")}
     for split, share, name in (("train", "100.0%", "evaluate"), ("test", " 0.0%", "evaluate-2")):
         assert f"{share} of the samples are nearer" in run("evaluate", *how[split])
         assert os.path.exists(f"{real_shapes}/out/{name}_nearest.png")

@@ -110,7 +110,6 @@ def test_train_killed_20_times_equals_an_uninterrupted_run(shards, tmp_path, run
     a, b = checkpoint(cut), checkpoint(whole)
     for key in ("model", "ema", "optimizer", "step", "history"):
         assert same(a[key], b[key]), key
-    print(f"\ntrain.py: 20 kills between steps 0 and {steps[-1]}, {len(set(steps))} different checkpoints")
 
 
 def test_augment_killed_15_times_leaves_no_wrong_shard(trained, tmp_path, run):
@@ -128,7 +127,6 @@ def test_augment_killed_15_times_leaves_no_wrong_shard(trained, tmp_path, run):
             shutil.rmtree(tmp_path / "cut")  # from the start again
 
     kill_at_random(15, 12, lambda: ["augment", *settings("cut")], check)
-    print(f"\naugment.py: 15 kills, {sum(partial)} with part of the set written")
     assert sum(partial) >= 10
     run("augment", *settings("cut"))
     assert contents(tmp_path / "cut") == whole
@@ -221,6 +219,7 @@ def test_four_processes_of_two_hosts_equal_one(shards, tmp_path, run):
         np.testing.assert_allclose(four["history"][key], one["history"][key], rtol=1e-4)
     run("augment", *augment_flags(tmp_path / "4", tmp_path / "a"))
     status, text = torchrun(2, "augment", *augment_flags(tmp_path / "4", tmp_path / "b"), nnodes=2)
+    assert text.count("shard ") == 4  # one of each process
     assert status == 0 and contents(tmp_path / "a") == contents(tmp_path / "b"), text
 
 
@@ -230,22 +229,14 @@ def test_an_error_of_several_processes_is_shown(shards, tmp_path):
     assert status == 1 and "\ntrain.py: val_fraction" in text and 'train.py", line' not in text, text
 
 
-def test_memory_of_train_does_not_grow_with_the_number_of_steps(shards, tmp_path):
-    peak = {}
-    for n in (100, 700):
-        how = dict(ch_mult="1", attn_resolutions="", max_iters=n, eval_interval=100, log_interval=10)
-        peak[n] = peak_memory("train", *train_flags(shards, tmp_path / str(n), **how))
-    print("\npeak memory of train.py by steps:", {n: f"{mb:.1f} MB" for n, mb in peak.items()})
-    assert peak[700] - peak[100] < 5
-
-
-def test_memory_of_augment_does_not_grow_with_the_number_of_images(tmp_path):
+@pytest.mark.parametrize("script,lengths,most", (("train", (100, 700), 5), ("augment", (50, 300), 15)))
+def test_memory_does_not_grow_with_the_number_of_steps_or_images(script, lengths, most, shards, tmp_path):
     config = dict(image_size=64, num_classes=10, arch="cnn", ch=4, ch_mult=(1,), timesteps=2, beta_end=0.999)
-    model, peak = ddpm.DDPM(ddpm.DDPMConfig(**config)), {}
-    weights = model.state_dict()
-    torch.save(dict(model_args=config, model=weights, ema=weights, step=1), tmp_path / "ckpt.pt")
-    for n in (50, 300):  # 6 and 37 MB of images
-        how = dict(per_class=n, shard_size=100, batch_size=100, steps=1)
-        peak[n] = peak_memory("augment", *augment_flags(tmp_path, tmp_path / str(n), **how))
-    print("\npeak memory of augment.py by images per class:", {n: f"{mb:.1f} MB" for n, mb in peak.items()})
-    assert peak[300] - peak[50] < 15
+    ddpm.save_model(tmp_path / "ckpt.pt", ddpm.DDPM(ddpm.DDPMConfig(**config)))
+    small, few, peak = dict(ch_mult="1", attn_resolutions=""), dict(shard_size=100, batch_size=100, steps=1), {}
+    for n in lengths:  # steps; or images of each class, 6 and 37 MB in all
+        train = train_flags(shards, tmp_path / str(n), **small, max_iters=n, eval_interval=100, log_interval=10)
+        augment = augment_flags(tmp_path, tmp_path / str(n), **few, per_class=n)
+        peak[n] = peak_memory(script, *(train if script == "train" else augment))
+    print(f"\npeak memory of {script}.py:", {n: f"{mb:.1f} MB" for n, mb in peak.items()})
+    assert peak[lengths[1]] - peak[lengths[0]] < most

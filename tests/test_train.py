@@ -107,9 +107,7 @@ def test_two_compiled_processes_equal_an_eager_one(shards, tmp_path, run):
 class HostReads(torch.utils._python_dispatch.TorchDispatchMode):
     """Counts what would make a GPU's host wait for a value: item(), float(), nonzero, indexing by a mask."""
 
-    def __init__(self):
-        super().__init__()
-        self.count = 0
+    count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, indices = function.overloadpacket.__name__, args[1] if len(args) > 1 else None
