@@ -54,7 +54,7 @@ device, amp_dtype, use_compile = runtime.setup_device(device, dtype, use_compile
 rank, world = runtime.join_processes("cpu")  # by gloo: only a list and barriers pass between the processes
 model, saved = runtime.open_model(out_dir, checkpoint, ema, device, amp_dtype)
 trained_on = saved.get("trained_on", {})
-names = list(model.config.class_names) or [str(k) for k in range(model.K)]
+known = names = list(model.config.class_names) or [str(k) for k in range(model.K)]
 labels = data.class_ids(classes, names, unique=True) if classes else list(range(max(1, model.K)))
 C = len(labels)
 w = runtime.resolve_guidance(w, guidance_scale, 1.0, model)
@@ -67,15 +67,20 @@ for p in model.state_dict().values():
     weights.update(p.cpu().numpy().tobytes())
 each = max(1, shard_size // C)  # images of every class in a shard, the classes in turn; the last shard has fewer
 settings = sampling | dict(vary=vary, weights=weights.hexdigest(), per_class=per_class, shard_size=each * C)
-settings |= dict(classes=[names[k] for k in labels if names], dtype=str(amp_dtype or torch.float32))
+settings |= dict(classes=[known[k] for k in labels if known], dtype=str(amp_dtype or torch.float32))
 if vary:
     source, kept = dataset or trained_on.get("dataset", "cifar10"), trained_on.get("classes", "")
+    if rank > 0:
+        dist.barrier()
     real, real_labels, real_names = data.load(source, "train", data_dir, model.shape[1], kept)
-    part = trained_on.get("val_fraction", 0), trained_on.get("n_real", 0)
+    if world > 1 and rank == 0:
+        dist.barrier()
+    part = trained_on.get("val_fraction", 0), 0 if dataset else trained_on.get("n_real", 0)
     (real, real_labels), (held_out, _) = data.training_part(real, real_labels, real_names, *part)
-    check(real_names == names or not model.K, f"vary: {source} has classes {real_names}, the model {names}")
+    fits = not model.K or (real_labels is not None and real_names == known)
+    check(fits, f"vary: {source} has classes {real_names}, the model {known}")
     if rank == 0 and data.fingerprint(held_out) != trained_on.get("validation"):
-        print(f"note: the model was trained on other images than these of {source}")
+        print(f"note: the model was not trained on these images of {source}")
     groups = [np.flatnonzero(real_labels == k) if model.K else np.arange(len(real)) for k in labels]
     vary_t = min(range(model.T), key=lambda t: abs(math.log(sigma_of(model.abar[t]) / vary)))
     check(steps <= vary_t + 1, f"steps: {steps}, but sigma {vary} is step {vary_t} of the model")
@@ -108,6 +113,8 @@ def start_of(indices):
 def open_folder():
     """Prepares the folder; returns the shards to make. Raises UserError if it holds a set of other settings."""
     runtime.lock_folder(folder)
+    other = os.path.exists(manifest) and not data.manifest_of(folder)
+    check(not other, f"{manifest} is of another program: use another --synthetic_dir")
     shards, old = data.shard_files(folder), {}
     if overwrite:
         for path in shards:  # cut off here, the manifest refuses what is left

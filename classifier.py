@@ -319,11 +319,14 @@ def load_synthetic(folder, names, real, val_images):
     alike = labels is not None and images.shape[1:] == real[0].shape[1:]
     check(alike, f"{folder}: expected labels, and images like the real ones")
     manifest = data.manifest_of(folder)
-    trained_on = manifest.get("trained_on", {})
-    if trained_on and trained_on.get("validation") != data.fingerprint(val_images):
+    trained_on = manifest.get("trained_on") or {}
+    trainings = [trained_on]
+    while trainings[-1]:
+        trainings.append(trainings[-1].get("init_from"))
+    if any(t.get("validation") != data.fingerprint(val_images) for t in trainings[:-1]):
         print("note: the generator may have been trained on the validation images used here")
     if n := trained_on.get("n_real"):
-        after = ", after a training on others" if "init_from" in trained_on else ""
+        after = ", after an earlier training" if "init_from" in trained_on else ""
         print(f"the generator was trained on {n} real images{after}")
     return (images, labels), manifest.get("settings", {}) | {"trained_on": trained_on}
 

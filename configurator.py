@@ -51,7 +51,10 @@ def convert(value, kind):
 
 
 def run_config(path, keys=()):
-    """Executes a config file: its settings, which are what it assigns, and any of keys, as a dict. Raises UserError."""
+    """Executes a config file: its settings as a dict. They are what it assigns, and values of the keys that it imports.
+
+    Raises UserError.
+    """
     found = [p for p in (os.path.expanduser(path), os.path.join(HERE, path)) if os.path.isfile(p)]
     check(found, f"no config file {path!r} (settings are written as --key=value)")
     try:
@@ -60,7 +63,8 @@ def run_config(path, keys=()):
         names = [n for statement in statements for n in ast.walk(statement) if isinstance(n, ast.Name)]
         assigned = {n.id for n in names if isinstance(n.ctx, ast.Store)}
         values = runpy.run_path(found[0])
-        return {k: v for k, v in values.items() if not k.startswith("_") and (k in keys or k in assigned)}
+        assigned |= {k for k, v in values.items() if k in keys and isinstance(v, (int, float, str, tuple, list))}
+        return {k: v for k, v in values.items() if k in assigned and not k.startswith("_")}
     except (Exception, SystemExit) as e:
         raise UserError(f"config file {path}: {type(e).__name__}: {e}") from None
 

@@ -32,8 +32,12 @@ TORCHVISION = {  # class, image size, how to place the files by hand
     "flowers102": ("Flowers102", 64, "flowers-102/, from https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"),
 }
 IMAGE_TYPES = tuple(".png .jpg .jpeg .jfif .bmp .webp .gif .tif .tiff .ppm .pgm .pbm".split())
-# names of splits: Training, test1, seg_val, train_images, …
-SPLIT = re.compile(r"(.*[-_ ])?(train|test|val|valid|dev|eval)(ing|idation|uation)?(set|data)?([-_ ].*|\d*)", re.I)
+# names of splits: Training, test1, seg_val, PublicTest, trainA, …
+SPLIT = re.compile(
+    r"(.*[-_ .]|(?-i:.*[a-z\d](?=[TVDE])))?(train|test|val|valid|dev|eval|hold-?_?out)"
+    r"(s|ing|idate|idation|uation|elopment)?(set|data|images|[ab]|val)?s?([-_ .(].*|\d*)",
+    re.I,
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,8 +89,10 @@ def write_shard(folder, i, images, labels):
     """Writes shard i, uint8. Labels come first, so that no images are without theirs. labels None: no classes."""
     for kind, array in (("labels", labels), ("images", images)):
         if array is not None:
+            uint8 = np.asarray(array).astype(np.uint8)
+            check((uint8 == array).all(), f"{kind}: expected whole numbers from 0 to 255")
             with atomic_write(f"{folder}/{kind}_{i:05d}.npy") as f:
-                np.save(f, np.asarray(array, dtype=np.uint8))
+                np.save(f, uint8)
 
 
 def write_shards(folder, images, labels, class_names):
@@ -112,7 +118,8 @@ def manifest_of(folder):
     """manifest.json of augment.py, {} if there is none. Other programs have files of that name too."""
     path = f"{folder}/manifest.json"
     content = read_json(path, object) if os.path.exists(path) else {}
-    return content if isinstance(content, dict) and "complete" in content else {}
+    ours = isinstance(content, dict) and "complete" in content and isinstance(content.get("settings", {}), dict)
+    return content if ours else {}
 
 
 def check_manifest(folder):
@@ -259,7 +266,7 @@ def list_images(folder):
     inner = {part for path, _ in listed for part in os.path.relpath(path, folder).split(os.sep)[1:-1]}
     kinds, inner_kinds = ({n: m[2].lower() for n in group if (m := SPLIT.fullmatch(n))} for group in (names, inner))
     mixed = len(kinds) == len(names) or len(set(kinds.values())) > 1  # a class may be called train
-    splits = [*kinds] * mixed + [name for name, kind in inner_kinds.items() if kind != "train"]
+    splits = [*kinds] * mixed + [n for n, kind in inner_kinds.items() if kind != "train" or len(names) == 1]
     advice = "call them train and test, and put the classes inside"
     check(not splits, f"{folder}: {', '.join(sorted(splits))} look like splits, not like classes: {advice}")
     listed = listed or [(path, None) for path in image_paths(folder)]
@@ -341,7 +348,8 @@ def load(dataset, split="train", data_dir="data", image_size=0, classes=""):
         if folder is None:
             return None, None, []
     images, labels, names = read_shards(folder)
-    if not built_in and not manifest_of(folder):  # it may be sorted by class
+    in_class_order = labels is not None and labels[0] < labels[-1] and (np.diff(labels) >= 0).all()
+    if in_class_order or not (built_in or manifest_of(folder)):
         order = fixed_order(len(images), labels)
         images, labels = images[order], None if labels is None else labels[order]
     H, W = images.shape[1:3]
@@ -351,7 +359,7 @@ def load(dataset, split="train", data_dir="data", image_size=0, classes=""):
 
 def user_folder(dataset, split, data_dir, size):
     """The shard folder of a user's folder of shards or images, or None if it has no such split."""
-    splits = {e.name.lower(): e.path for e in os.scandir(dataset) if e.is_dir()}
+    splits = {e.name.lower(): e.path for e in sorted(os.scandir(dataset), key=lambda e: e.name) if e.is_dir()}
     check("train" in splits or "test" not in splits, f"{dataset} has test/, so the other images belong in train/")
     others = [name for name in splits if SPLIT.fullmatch(name) and name not in ("train", "test")]
     check("train" not in splits or not others, f"{dataset}: {', '.join(others)} beside train: only test may be there")
@@ -480,7 +488,7 @@ class Batches:
     def __init__(self, images, labels, batch_size, seed, hflip=True, crop=1.0, shift=0, device="cpu"):
         check(0 < crop <= 1, f"crop: {crop} must be above 0 and at most 1")
         self.images = torch.tensor(np.ascontiguousarray(images)).to(device)
-        self.labels = None if labels is None else torch.from_numpy(labels).to(device)
+        self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64, device=device)
         self.batch_size, self.seed, self.hflip, self.crop = batch_size, seed, hflip, crop
         self.shift, self.device, self.epoch, self.order = shift, device, None, None
 

@@ -90,7 +90,8 @@ class DDPMConfig:
                     new = tuple(map(str if f.name == "class_names" else operator.index, new))
             except (TypeError, ValueError):
                 new = None
-            check(new is not None and not isinstance(value, bool), f"{f.name}: {value!r} is not {what}")
+            wrong = new is None or isinstance(value, bool) or (kind is tuple and isinstance(value, str))
+            check(not wrong, f"{f.name}: {value!r} is not {what}")
             setattr(self, f.name, new)
         choices = dict(arch=ARCHS, schedule=SCHEDULES, objective=OBJECTIVES, loss=LOSSES, weighting=WEIGHTINGS)
         for name, allowed in choices.items():
@@ -104,6 +105,9 @@ class DDPMConfig:
         check(self.ch % 2 == 0, f"ch: {self.ch} must be even")
         for name in ("dropout", "p_uncond"):
             check(0 <= getattr(self, name) <= 1, f"{name}: {getattr(self, name)} must be between 0 and 1")
+        names = len(self.class_names)
+        fits = names in (0, self.num_classes) or not self.num_classes
+        check(fits, f"class_names: {names} names for {self.num_classes} classes")
         check(self.p_uncond < 1 or not self.num_classes, "p_uncond: 1 drops every label, so that none is learned")
         halvings = len(self.ch_mult) - (self.arch == "unet")  # the U-Net's first level keeps the resolution
         unit = self.patch * 2**halvings
@@ -496,6 +500,7 @@ class DDPM(nn.Module):
         check(fits, f"{given}, but this model takes floating point of {self.shape} in [-1, 1]")
         fits = y is not None and y.shape == x0.shape[:1] if self.K else y is None
         check(fits, f"y: expected {'a label for each image' if self.K else 'None, this model is unconditional'}")
+        x0 = x0.to(self.loss_weight.dtype)
         shapes = [v if v is None else tuple(v.shape) for v in (t, eps)]
         fits = shapes in ([None, None], [(len(x0),), tuple(x0.shape)])
         check(fits, f"t and eps: {shapes}, expected both, one for each image, or neither")
@@ -575,18 +580,21 @@ class DDPM(nn.Module):
         change xt in place. start: (t, xt), to go on from noisy images (B, C, H, W) at step t instead of pure noise.
         Raises UserError for labels or settings that do not fit the model.
         """
+        y, interval = None if y is None else torch.as_tensor(y).long(), tuple(interval)
         first = self.T - 1 if start is None else start[0]
         steps, device = first + 1 if steps is None else steps, self.loss_weight.device
         self.check_sampling(y, w, sampler, steps, eta, interval)
         check(steps <= first + 1 <= self.T, f"start: {steps} steps from t={first} of 0..{self.T - 1}")
+        check(y is not None or w in (0, -1), f"w={w:g}: guidance needs labels y")
         check(y is not None or indices is not None, "how many images? Give y (labels), or indices=range(n)")
         indices = range(len(y)) if indices is None else indices
         check(y is None or len(y) == len(indices), f"{len(indices)} indices, but another number of labels")
-        y = None if y is None else torch.as_tensor(y).to(device)
+        y = None if y is None else y.to(device)
         generators = [make_generator(seed, k) for k in indices]
         xt, x0_prev, h_prev = image_noise(generators, self.shape, device), None, None
         if start is not None:
-            check(start[1].shape == xt.shape, f"start: {tuple(start[1].shape)}, expected {tuple(xt.shape)}")
+            fits = start[1].shape == xt.shape and start[1].is_floating_point()
+            check(fits, f"start: {start[1].dtype} {tuple(start[1].shape)}, expected floating point {tuple(xt.shape)}")
             xt = start[1].to(xt)
         timesteps = self.sampler_timesteps(steps, first)
         self.eval()
@@ -682,7 +690,7 @@ def load_checkpoint(path: str) -> dict:
     except Exception:  # a damaged file can raise anything
         checkpoint = {}
     weights = isinstance(checkpoint, dict) and checkpoint and all(map(torch.is_tensor, checkpoint.values()))
-    check(not weights, f"{path} holds weights alone, as state_dict() has them: write it with save_model")
+    check(not weights, f"{path} holds only a state_dict, the weights alone: write it with save_model")
     whole = isinstance(checkpoint, dict) and {"model_args", "ema", "step"} <= checkpoint.keys()
     check(whole, f"checkpoint {path} is damaged or not of save_model")
     return checkpoint

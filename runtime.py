@@ -35,10 +35,10 @@ def setup_device(device="auto", dtype="auto", use_compile="auto"):
     check_choice("device", kind, [kind for kind in there if there[kind]])
     check_choice("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
     check_choice("use_compile", use_compile, ("auto", "True", "False", "channels_last"))
-    check(kind == "cuda" or not colon, f"device: {device} has a number, which only GPUs of CUDA have")
+    check(kind == "cuda" or not colon, f"device: {device}: only CUDA devices have a number")
     if kind == "cuda":
         alone, count = os.environ.get("WORLD_SIZE", "1") == "1", torch.cuda.device_count()
-        check(alone or not index, f"device: {device} for every process: with several, each takes its own GPU of cuda")
+        check(alone or not index, f"device: {device} for every process: with cuda, each takes a GPU of its own")
         rank = int(os.environ.get("RANK", "0")) % max(1, count)  # srun and mpirun set no LOCAL_RANK
         index = index or os.environ.get("LOCAL_RANK", str(rank))
         check(index in map(str, range(count)), f"device: cuda:{index} is not there (GPUs: {count})")
@@ -99,7 +99,7 @@ def join_processes(device):
         store.set_timeout(how["timeout"])
         dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=rank, world_size=world, **how)
     except (RuntimeError, ValueError) as e:
-        raise UserError(f"the processes do not reach each other: {str(e).splitlines()[0]}") from None
+        raise UserError(f"the processes cannot reach each other: {str(e).splitlines()[0]}") from None
     sys.excepthook = print_user_error  # again: init_process_group wrapped it in a hook that loses the line it prints
     return rank, world
 
@@ -213,6 +213,6 @@ def resolve_guidance(w, guidance_scale, default, model):
 
 
 def guidance_text(w, interval, model):
-    """What a script says of guidance; nothing for an unconditional model."""
+    """What a script says about guidance; nothing for an unconditional model."""
     where = f" for sigma in {list(interval)}" if interval and w > 0 else ""
     return f"w={w:g} (guidance_scale={1 + w:g}){where}, " if model.K else ""

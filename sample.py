@@ -46,7 +46,7 @@ dtype = "float32"  # bfloat16, float16, or auto: the fastest here
 config, _ = configure(globals())
 COMPARED = {"w": float, "guidance_scale": float, "sampler": str, "steps": int, "eta": float, "ema": bool, "seed": int}
 device, amp_dtype, _ = runtime.setup_device(device, dtype, "False")
-check(os.path.basename(name) == name, f"name: {name} is of a file in out_dir, without a folder")
+check(os.path.basename(name) == name, f"name: {name} must be a file name without a folder")
 check(not (gif and (rows or columns)), "gif cannot be combined with rows or columns")
 
 
@@ -113,11 +113,11 @@ stem = name or ("compare" if rows or columns else "sample")
 if rows or columns:
     row_values, column_values = values_of(rows), values_of(columns)
     check(not row_values[0][1].keys() & column_values[0][1].keys(), "rows and columns change the same setting")
-    images = [sample(a | b, f"{r} {c}".strip())[0] for r, a in row_values for c, b in column_values]
-    images = torch.cat(images).numpy()
-    titles, over = [r for r, _ in row_values if r], [names[k] if names else "" for k in shown]
+    cells = [sample(a | b, f"{r} {c}".strip()) for r, a in row_values for c, b in column_values]
+    images, of_classes = torch.cat([x for x, _ in cells]).numpy(), all(w > -1 for _, w in cells)
+    titles, over = [r for r, _ in row_values if r], [names[k] if names and of_classes else "" for k in shown]
     heads = [f"{c if k == 0 else ''}\n{over[k]}" for c, _ in column_values for k in range(len(shown))]
-    heads = heads if columns else over if names else ()  # the value over the first class, and the classes
+    heads = heads if columns else over if any(over) else ()  # the value over the first class, and the classes
     save(tile(images, len(labels) * len(column_values), titles, heads), f"{stem}.png")
 else:
     frames = {} if gif else None
@@ -135,6 +135,8 @@ else:
         how = dict(save_all=True, append_images=sheets[1:], loop=0, duration=durations)
         save(sheets[0], f"{name}.gif" if name else "denoising.gif", **how)
 if png:
-    os.makedirs(os.path.join(out_dir, stem), exist_ok=True)
+    folder = runtime.new_path(os.path.join(out_dir, stem))
+    os.makedirs(folder)
     for k, image in enumerate(images):
-        tile(image[None], 1, zoom=1, pad=0).save(os.path.join(out_dir, stem, f"{k:04d}.png"))
+        tile(image[None], 1, zoom=1, pad=0).save(os.path.join(folder, f"{k:04d}.png"))
+    print(f"wrote {folder}")

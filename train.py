@@ -81,8 +81,10 @@ checkpoint_path, checkpoint = os.path.join(out_dir, "ckpt.pt"), None
 resume, fine_tune = init_from == "resume", init_from not in ("scratch", "resume")
 if resume or fine_tune:
     checkpoint = ddpm.load_checkpoint(checkpoint_path if resume else init_from)
-    check(fine_tune or "optimizer" in checkpoint, f"{checkpoint_path} cannot be resumed: it has only averaged weights")
-    check(fine_tune or "shadow" not in checkpoint["ema"], f"{checkpoint_path} is of an older version: fine-tune it")
+    whole = {"optimizer", "config", "history", "trained_on"} <= checkpoint.keys() and "shadow" not in checkpoint["ema"]
+    check(
+        fine_tune or whole, f"{checkpoint_path} has not all that a run goes on from: fine-tune it with --init_from=PATH"
+    )
     saved = checkpoint["config"] if resume else checkpoint["model_args"]
     kept = saved.keys() & config.keys() - {"out_dir", "init_from", "device", "use_compile", *given}
     changed = [key for key in ("batch_size", "seed") if resume and given.get(key, saved[key]) != saved[key]]
@@ -92,6 +94,7 @@ if resume or fine_tune:
 check(not epochs or "max_iters" not in given, "epochs and max_iters both say how long to train: give one of them")
 earlier = f"{out_dir} holds an earlier run: --init_from=resume continues it; for a new run use another --out_dir"
 check(resume or not os.path.exists(checkpoint_path), earlier)
+check(not os.path.exists(os.path.join(out_dir, "gan.pt")), f"{out_dir} holds a run of lab.gan: use another --out_dir")
 
 # 2. Device and processes: torchrun starts one process per GPU.
 device, amp_dtype, use_compile = runtime.setup_device(device, dtype, use_compile)
@@ -131,9 +134,11 @@ if rank == 0:
 
 # 4. Model, and a copy with the averaged weights; optimiser, and a loss scaler for float16.
 torch.manual_seed(ddpm.seed_of(seed, 2**28 + checkpoint["step"]) if fine_tune else seed)  # not the old embeddings
+betas = (checkpoint or {}).get("betas")  # None: the schedule's
 args = {f.name: config[f.name] for f in fields(ddpm.DDPMConfig) if f.name in config}
 args |= dict(image_size=images.shape[1], channels=images.shape[3], class_names=names)
-model = ddpm.DDPM(ddpm.DDPMConfig(**args, num_classes=0 if train_labels is None else len(names))).to(device)
+model = ddpm.DDPM(ddpm.DDPMConfig(**args, num_classes=0 if train_labels is None else len(names)), betas=betas)
+model.to(device)
 model.amp_dtype = amp_dtype
 if checkpoint:
     old, new = asdict(ddpm.DDPMConfig(**checkpoint["model_args"])), asdict(model.config)
@@ -143,7 +148,11 @@ if checkpoint:
 if fine_tune:  # from the averaged weights; other classes get new embeddings
     weights = checkpoint["ema"].get("shadow", checkpoint["ema"])
     same = old["class_names"] == new["class_names"]
-    model.load_state_dict({k: v for k, v in weights.items() if same or "condition.label" not in k}, strict=False)
+    found = model.load_state_dict(
+        {k: v for k, v in weights.items() if same or "condition.label" not in k}, strict=False
+    )
+    other = [k for k in found.missing_keys + found.unexpected_keys if "condition.label" not in k]
+    check(not other, f"{init_from} is of another network")
     trained_on["init_from"] = checkpoint.get("trained_on", {})
 ema = copy.deepcopy(model).eval().requires_grad_(False)
 optimizer = ddpm.make_optimizer(model, lr, weight_decay)
@@ -255,7 +264,9 @@ while step < max_iters and not stopped:
     # Log. Nothing above waits for the device; this does.
     stopped = bool(signals)  # read once a step: a step after which the loop ends is always saved
     evaluates = step % eval_interval == 0 or step == max_iters
-    if evaluates or stopped or step % log_interval == 0 or step == 1:
+    waited = time.time() - saved_time
+    late = world == 1 and waited > 600  # log lines are so far apart that one more is needed
+    if evaluates or stopped or late or step % log_interval == 0 or step == 1:
         if world > 1:
             dist.all_reduce(log_sums)
         loss, norm = (log_sums[0] / log_sums[1]).item(), norm.item()
@@ -276,7 +287,7 @@ while step < max_iters and not stopped:
         log_step, log_time = step, time.time()
 
     # Validate, save, and draw a grid; none of it counts as time of the steps. A checkpoint follows every validation,
-    # and every log line that is ten minutes after the last one.
+    # and every log line that is five minutes after the last one.
     paused = time.time()
     if evaluates:
         history["step"].append(step)
@@ -291,7 +302,7 @@ while step < max_iters and not stopped:
             log(f"step {step:7d}  validation loss {val_loss:.4f} (t from clean to noisy: {by_quarter})")
     if rank == 0 and log_step == step:
         data.save_json(f"{out_dir}/log.json", history)
-    if rank == 0 and (evaluates or stopped or (log_step == step and paused - saved_time > 600)):
+    if rank == 0 and (evaluates or stopped or (log_step == step and waited > 300)):
         save()
         last_saved, saved_time = f"step {step}", time.time()
     if rank == 0 and sample_interval and not stopped and (step % sample_interval == 0 or step == max_iters):
@@ -299,7 +310,7 @@ while step < max_iters and not stopped:
     log_time += time.time() - paused
 
 if step == max_iters and test_images is not None:
-    log(f"step {step:7d}  the test loss follows")
+    log(f"step {step:7d}  computing the test loss")
     history["test_loss"], _ = evaluate(test_images, test_labels)
     log(f"step {step:7d}  test loss {history['test_loss']:.4f} on {min(eval_images, len(test_images))} images")
     if rank == 0:

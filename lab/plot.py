@@ -235,7 +235,6 @@ if __name__ == "__main__":
     check_choice("the first word, what to draw", what, PLOTS)
     check(find_spec("matplotlib"), "plot needs `pip install '.[plot]'`")
     os.environ["MPLBACKEND"] = "agg"  # a file is drawn; the one of a notebook may not be there
-    os.environ["MPLBACKEND"] = "agg"  # a file is drawn; the one of a notebook may not be there
     from matplotlib.figure import Figure
 
     figure, path = Figure(), os.path.join(out_dir, f"plot_{what}.png")

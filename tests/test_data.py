@@ -402,14 +402,14 @@ def test_cifar10_is_checked_and_then_not_downloaded(tmp_path, monkeypatch):
     kind, folder = torchvision.datasets.CIFAR10, tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (10, 3072), dtype=np.uint8)
-    (folder / "b").write_bytes(pickle.dumps({"data": pixels, "labels": list(range(10))}))
+    (folder / "b").write_bytes(pickle.dumps({"data": pixels, "labels": list(range(9, -1, -1))}))
     (folder / "m").write_bytes(pickle.dumps({"names": list("abcdefghij")}))
     meta = {"filename": "m", "key": "names", "md5": None}
     for key, value in dict(train_list=[["b", None]], test_list=[], meta=meta, url="file:///nowhere.tar.gz").items():
         monkeypatch.setattr(kind, key, value)
     images, labels, names = data.load("cifar10", data_dir=str(tmp_path))
     assert np.array_equal(images, pixels.reshape(10, 3, 32, 32).transpose(0, 2, 3, 1))
-    assert labels.tolist() == list(range(10)) and names == list("abcdefghij")
+    assert labels.tolist() == list(range(9, -1, -1)) and names == list("abcdefghij")
     monkeypatch.setattr(kind, "test_list", [["b", "0" * 32]])  # a wrong checksum
     line = refusal(data.load, "cifar10", "test", str(tmp_path))
     assert all(part in line for part in ("download failed", "By hand", "cs.toronto.edu", "config/shapes.py"))

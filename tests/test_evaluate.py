@@ -158,10 +158,12 @@ def test_copied_samples_are_found(real_shapes, run):
 
 def test_damage_is_seen_in_grey_images_without_labels_or_test_split(real_shapes, tmp_path, run):
     images, labels, names = data.load(f"{real_shapes}/real/train")
-    grey = images[:200].mean(axis=-1, keepdims=True)
+    grey = images[:200].mean(axis=-1, keepdims=True).round()
     noise = np.random.default_rng(0).normal(0, 30, grey.shape)
     data.write_shards(f"{tmp_path}/real", grey, labels[:200], names)
-    for k, samples in enumerate((grey.repeat(3, axis=-1), (grey + noise).clip(0, 255))):  # in colour, and damaged
+    for k, samples in enumerate(
+        (grey.repeat(3, axis=-1), (grey + noise).round().clip(0, 255))
+    ):  # in colour, and damaged
         data.write_shards(f"{tmp_path}/{k}", samples, None, [])
         text = run("evaluate", *evaluation(tmp_path, f"{tmp_path}/{k}"))
         assert "real: other half of train" in text and "memorisation: not measured" in text
