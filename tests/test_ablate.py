@@ -72,8 +72,7 @@ def test_seeds_and_sampling_settings_reach_the_samples(shards, tmp_path, run, mo
     monkeypatch.setattr(ablate, "device", "cpu")
     base = dict(dataset=f"{shards}/shapes", max_iters=2, warmup_iters=0, lr=0.02, ch=8, batch_size=4, timesteps=20)
     cells = dict(plain={}, other=dict(w=3.0, interval=(), sampler="ddim", steps=4, eta=0.5, ema=False))
-    base |= dict(sample_interval=0, ch_mult=(1, 2), attn_resolutions=(16,), num_res_blocks=1)
-    study = dict(config="config/shapes.py", base=base, n=(20,), cells=cells)
+    study = dict(config="config/shapes.py", base=base | dict(sample_interval=0), n=(20,), cells=cells)
     usual = dict(w=1.0, interval=(0.25, 4.0), sampler="dpm++", steps=10, eta=0.0)  # augment.py's
     weights, y, amp_dtype = {}, torch.arange(10).repeat(2), setup_device("cpu")[1]
     for title, seed in (("plain", 0), ("other", 0), ("plain", 1)):
