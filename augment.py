@@ -139,11 +139,9 @@ total, made, start = sum(map(images_in, mine)), 0, time.time()
 if use_compile:
     model.net.compile(**use_compile)
 if rank == 0:
-    print(
-        f"{runtime.guidance_text(w, interval, model)}{sampler}, {steps} steps, seed {seed}; {per_class} images "
-        f"of each of {C} classes into {folder}: {len(todo[0])} of {n_shards} shards to make",
-        flush=True,
-    )
+    how = f"{runtime.guidance_text(w, interval, model)}{sampler}, {steps} steps, seed {seed}"
+    what = f"{per_class} images of each of {C} classes into {folder}"
+    print(f"{how}; {what}: {len(todo[0])} of {n_shards} shards to make", flush=True)
 for i in mine:
     indices, images = range(i * each * C, i * each * C + images_in(i)), []
     y = torch.tensor(labels).repeat(len(indices) // C)

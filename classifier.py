@@ -352,11 +352,9 @@ def main():
         synthetic, made_with = load_synthetic(made, names, real, val_images)
     available = len(synthetic[0])
     check(chosen == ["real"] or n_synthetic <= available, f"n_synthetic: {n_synthetic}, but there are {available}")
-    print(
-        f"{len(real[0])} real and {min(n_synthetic, available) or available} synthetic training images, "
-        f"{len(val_images)} for validation, {len(test_images)} for the test; hidden layers {hidden}, {on}, "
-        f"{max_iters} updates of {batch_size}"
-    )
+    sizes = f"{len(real[0])} real and {min(n_synthetic, available) or available} synthetic training images"
+    sizes += f", {len(val_images)} for validation, {len(test_images)} for the test"
+    print(f"{sizes}; hidden layers {hidden}, {on}, {max_iters} updates of {batch_size}")
     path, runs = new_path(os.path.join(out_dir, "classifier.json")), {arm: [] for arm in chosen}
     for k in range(seed, seed + seeds):
         for arm in chosen:
@@ -369,11 +367,8 @@ def main():
             runs[arm].append(run)
             content = dict(config=config, classes=names, synthetic=made_with, torch=torch.__version__)
             data.save_json(path, content | dict(runs=sum(runs.values(), []), verdict=verdict(runs)))
-            print(
-                f"seed {k} {arm:<15} {run['images']:6d} images: validation {run['val']:.2%} at update {run['step']}, "
-                f"test {run['test']:.2%}, {run['seconds']:.0f} s",
-                flush=True,
-            )
+            scores = f"validation {run['val']:.2%} at update {run['step']}, test {run['test']:.2%}"
+            print(f"seed {k} {arm:<15} {run['images']:6d} images: {scores}, {run['seconds']:.0f} s", flush=True)
     report(runs, names)
     print(f"\n{verdict(runs)}\nwrote {path}; python -m lab.plot confusion --results={path} draws it")
 

@@ -122,24 +122,18 @@ def manifest_of(folder):
     return content if ours else {}
 
 
-def check_manifest(folder):
-    """Raises UserError unless the shards are those that augment.py listed in manifest.json."""
-    manifest = manifest_of(folder)
-    listed = manifest.get("complete") and manifest.get("shards")
-    check(isinstance(listed, dict), f"{folder} is not complete: run augment.py again with the same settings")
-    odd = sorted(listed.keys() ^ map(os.path.basename, shard_files(folder)))
-    check(not odd, f"{folder}: {', '.join(odd[:3])} missing, or not listed in manifest.json")
-    for name, digest in listed.items():
-        check(file_hash(f"{folder}/{name}") == digest, f"{folder}/{name} is not the file listed in manifest.json")
-
-
 def read_shards(folder):
     """Returns images (N, H, W, C) uint8 (memory-mapped if one file), labels (N,) int64 or None, and class names.
 
     Raises UserError, naming the file, if one is damaged, missing, of another shape or badly labelled.
     """
-    if manifest_of(folder):
-        check_manifest(folder)
+    if manifest := manifest_of(folder):  # the shards must be those that augment.py listed
+        listed = manifest["complete"] and manifest.get("shards")
+        check(isinstance(listed, dict), f"{folder} is not complete: run augment.py again with the same settings")
+        odd = sorted(listed.keys() ^ map(os.path.basename, shard_files(folder)))
+        check(not odd, f"{folder}: {', '.join(odd[:3])} missing, or not listed in manifest.json")
+        for name, digest in listed.items():
+            check(file_hash(f"{folder}/{name}") == digest, f"{folder}/{name} is not the file listed in manifest.json")
     paths = shard_files(folder, "images")
     check(paths, f"no images in {folder}/images_*.npy")
     images = list(map(load_array, paths))
@@ -288,10 +282,9 @@ def download(dataset, data_dir, split, size):
                 shutil.copyfileobj(packed, f)
         source = getattr(torchvision.datasets, kind)(data_dir, download=True, **which)
     except Exception as e:  # torchvision raises whatever its transport does
-        raise UserError(
-            f"{dataset}: its files in {data_dir} are damaged, or missing and the download failed ({e!r:.100}). "
-            f"By hand: put {by_hand} in {data_dir}. Without a download: `python train.py config/shapes.py`"
-        ) from None
+        cause = f"its files in {data_dir} are damaged, or missing and the download failed ({e!r:.100})"
+        advice = f"By hand: put {by_hand} in {data_dir}. Without a download: `python train.py config/shapes.py`"
+        raise UserError(f"{dataset}: {cause}. {advice}") from None
     if dataset == "flowers102":  # jpg files, sorted by class
         order = fixed_order(len(source), np.asarray(source._labels))
         images = np.stack([decode_image(source._image_files[k], size) for k in order])
@@ -326,8 +319,7 @@ def load(dataset, split="train", data_dir="data", image_size=0, classes=""):
 
     dataset: cifar10, cifar100, mnist, fashion_mnist, flowers102, shapes, or a folder of images or shards. image_size:
     resizes a folder's images (0: to 64) and flowers102; else 0 or the set's own. classes: 'cat,frog' keeps these, as
-    labels 0, 1.
-    A data set without a test split gives (None, None, []) for it.
+    labels 0, 1. A data set without a test split gives (None, None, []) for it.
     Raises UserError if the data cannot be found, downloaded or read, or a class is unknown.
     """
     built_in = dataset in (*TORCHVISION, "shapes")
@@ -373,9 +365,8 @@ def user_folder(dataset, split, data_dir, size):
     def decode():
         counts = np.bincount([k for _, k in listed]) if names else []
         counts = ", ".join(f"{name} {count}" for name, count in zip(names, counts)) or "no classes"
-        used = {os.path.normpath(path) for path, _ in listed}
-        rest = [os.path.normpath(f"{root}/{name}") for root, _, files in os.walk(source) for name in files]
-        rest = [os.path.basename(path) for path in rest if path not in used]
+        used = {path for path, _ in listed}
+        rest = [name for root, _, files in os.walk(source) for name in files if f"{root}/{name}" not in used]
         if source != dataset:
             rest += [name for name in os.listdir(dataset) if name.lower() not in ("train", "test")]
         rest = ", ".join(rest[:5]) + ", …" * (len(rest) > 5)

@@ -48,7 +48,10 @@ def setup_device(device="auto", dtype="auto", use_compile="auto"):
         torch.backends.cudnn.benchmark = not torch.version.hip  # AMD's search takes minutes for every new shape
         half = "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
     elif kind == "cpu":
-        keep_freed_memory()
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library than glibc
+            libc = ctypes.CDLL(None)  # to keep freed memory: faulting it in again is 10% of a training step
+            libc.mallopt(-4, 0)  # M_MMAP_MAX
+            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
         half = "bfloat16" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "float32"
     dtype = dtype if dtype != "auto" else "float32" if kind == "mps" else half
     compiles = use_compile not in ("auto", "False") or use_compile == "auto" and kind == "cuda" and find_spec("triton")
@@ -71,14 +74,6 @@ def machine(device):
             name = next((line.split(": ")[1].strip() for line in f if line.startswith("model name")), name)
     threads = torch.get_num_threads()
     return f"commit {commit or 'unknown'}, {name}, {threads} threads, torch {torch.__version__}"
-
-
-def keep_freed_memory():
-    """Tells glibc to keep freed memory: returning it and faulting it in again is 10% of a training step on a CPU."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 # ---------------------------------------------------------------------------------------------------------------------

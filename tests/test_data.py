@@ -315,7 +315,8 @@ def test_a_folder_of_images(tmp_path):
 @pytest.mark.parametrize("layout", (
     "Training/a Testing/a", "train/a train2/a", "train1 test1", "train test1", "train/a val/a", "train/a test/a Dev/a",
     "seg_train/a seg_test/a", "images_train images_test", "set/train/a set/test/a", "a/train a/test b/train",
-    "Train_set/a test-set/a", "trainset testset", "seg_train/a seg_test/a seg_pred", "validation training",
+    "Train_set/a test-set/a", "trainset testset", "Training PublicTest", "trainA testA", "train1 holdout",
+    "seg_train/a seg_test/a seg_pred", "validation training",
     "train/a/test train/b/test",
 ))  # fmt: skip
 def test_folders_of_splits_are_not_taken_for_classes(layout, tmp_path):
@@ -350,6 +351,19 @@ def test_any_part_of_the_fixed_order_has_every_class_in_its_share(labels):
     if labels is not None:
         for part in np.array_split(order, 4):
             assert (abs(np.bincount(labels[part], minlength=labels.max() + 1) - np.bincount(labels) / 4) <= 1).all()
+
+
+def test_a_built_in_set_in_class_order_is_permuted_too(tmp_path):
+    """Shards of people who made cifar10/train themselves."""
+    data.write_shards(
+        f"{tmp_path}/cifar10/train", np.zeros((100, 32, 32, 3)), np.repeat(np.arange(10), 10), "abcdefghij"
+    )
+    assert set(data.load("cifar10", data_dir=str(tmp_path))[1][90:]) == set(range(10))
+
+
+def test_shards_are_whole_numbers(tmp_path):
+    for images, labels in ((IMAGES / 255, None), (IMAGES, np.full(25, 256)), (IMAGES, np.full(25, -1))):
+        assert "whole numbers from 0 to 255" in refusal(data.write_shards, tmp_path, images, labels, ["a"])
 
 
 def test_the_training_images_have_every_class_or_it_is_named(tmp_path, fails):
@@ -418,7 +432,7 @@ def test_cifar10_is_checked_and_then_not_downloaded(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name,size,n", (("fashion_mnist", 28, 4), ("flowers102", 64, 1), ("folder", 16, 20)))
 def test_every_set_goes_through_all_scripts(name, size, n, tmp_path, monkeypatch, run):
-    """From the files that the real sets come in, by their configs."""
+    """From the files that the real sets come in, by their configs. Evaluation decodes at the size of the samples."""
     monkeypatch.chdir(tmp_path)
     if name == "fashion_mnist":
         write_fashion_mnist(tmp_path / "data", 100)
@@ -432,9 +446,9 @@ def test_every_set_goes_through_all_scripts(name, size, n, tmp_path, monkeypatch
     else:
         for path in (f"{kind}/{i}.png" for kind in ("left", "right") for i in range(40)):
             save_image(tmp_path / "images" / path)
-    of = flags(dataset="images" if name == "folder" else name, out_dir="x", image_size=size)
+    of = flags(dataset="images" if name == "folder" else name, out_dir="x")
     tiny = flags(ch=8, ch_mult="1,2", attn_resolutions=14 if size == 28 else size // 4, timesteps=10, max_iters=2)
-    tiny += flags(batch_size=8, eval_interval=2, sample_interval=2, eval_images=8)
+    tiny += flags(image_size=size, batch_size=8, eval_interval=2, sample_interval=2, eval_images=8)
     run("train", f"config/{name}.py", *of, *tiny)
     run("sample", *flags(out_dir="x", steps=2, num_samples=2))
     run("augment", *flags(out_dir="x", steps=2, per_class=n))

@@ -319,3 +319,15 @@ def test_a_run_equals_one_written_out(shards, tmp_path, run):
     assert log["log_loss"] == pytest.approx([losses[0], np.mean(losses[1:3]), np.mean(losses[3:])], rel=1e-3)
     assert log["train_loss"] == pytest.approx([np.mean(losses[:3]), np.mean(losses[3:])], rel=1e-3)
     assert len(log["val_loss"]) == 2
+
+
+def test_fine_tuning_keeps_the_betas_and_needs_the_same_network(shards, trained, tmp_path, run, fails):
+    model, betas = ddpm.load_model(f"{trained}/ckpt.pt")[0], np.linspace(0.01, 0.5, 20)
+    ddpm.save_model(tmp_path / "betas.pt", ddpm.DDPM(model.config, betas=betas))
+    ddpm.save_model(tmp_path / "other.pt", ddpm.DDPM(model.config, net=torch.nn.Conv2d(3, 3, 1)))
+    how = train_flags(shards, tmp_path / "out", max_iters=1)
+    run("train", *how, f"--init_from={tmp_path}/betas.pt")
+    assert checkpoint(tmp_path / "out")["betas"] == betas.tolist()
+    assert "is of another network" in fails(
+        "train", *how, f"--init_from={tmp_path}/other.pt", f"--out_dir={tmp_path}/b"
+    )
