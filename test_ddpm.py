@@ -64,7 +64,7 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def test_settings_out_of_range_are_refused():
+def test_settings_out_of_range_or_that_do_not_fit_each_other_are_refused():
     for name, most in LARGEST.items():
         for value in (0, -1, most + 1, 8.5, "8", True):
             with pytest.raises(UserError, match=f"^{name}: {value!r} is not a whole number( from 1 to {most})?$"):
@@ -79,9 +79,6 @@ def test_settings_out_of_range_are_refused():
                 DDPMConfig(**TINY | {name: value})
     c = DDPMConfig(**LARGEST, ch_mult=[64], attn_resolutions=[64], class_names=["a"], dropout=1, p_uncond=1)
     assert (c.ch_mult, c.attn_resolutions, c.class_names) == ((64,), (64,), ("a",))  # lists, as JSON gives them
-
-
-def test_image_sizes_that_the_levels_do_not_fit_are_refused():
     for size, unit, changes in ((30, 8, dict(ch_mult=(1, 1, 1, 1))), (6, 4, dict(patch=2)), (6, 4, dict(arch="cnn"))):
         with pytest.raises(UserError, match=f"^image_size: {size} is not divisible by {unit} "):
             DDPMConfig(**TINY | changes | dict(image_size=size))

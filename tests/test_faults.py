@@ -207,7 +207,9 @@ def test_torchrun_that_is_stopped_loses_at_most_eval_interval_steps(what, shards
 
 
 def test_four_processes_of_two_hosts_equal_one(shards, tmp_path, run):
-    """In loss, weights and validation, when two processes resume the second half; and in the images sampled."""
+    """In loss, weights and validation, when two processes resume the second half; and in the images sampled.
+    An error is shown in its one line, beside torchrun's own report.
+    """
     settings = dict(dropout=0.0, eval_interval=3, val_fraction=0.4)
     run("train", *train_flags(shards, tmp_path / "1", **settings))
     status, text = torchrun(2, "train", *train_flags(shards, tmp_path / "4", **settings, max_iters=3), nnodes=2)
@@ -222,11 +224,7 @@ def test_four_processes_of_two_hosts_equal_one(shards, tmp_path, run):
     status, text = torchrun(2, "augment", *augment_flags(tmp_path / "4", tmp_path / "b"), nnodes=2)
     assert text.count("shard ") == 4  # one of each process
     assert status == 0 and contents(tmp_path / "a") == contents(tmp_path / "b"), text
-
-
-def test_an_error_of_several_processes_is_shown(shards, tmp_path):
-    """In its one line, beside torchrun's own report."""
-    status, text = torchrun(2, "train", *train_flags(shards, tmp_path, val_fraction=0.001))
+    status, text = torchrun(2, "train", *train_flags(shards, tmp_path / "0", val_fraction=0.001))
     assert status == 1 and "\ntrain.py: val_fraction" in text and 'train.py", line' not in text, text
 
 
