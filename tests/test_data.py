@@ -59,7 +59,7 @@ def refusal(action, *args, **kwargs):
 
 
 def test_shards_in_one_fixed_order(tmp_path):
-    """So the validation images of shards that are sorted by class have every class."""
+    """So the validation images of shards that are sorted by class have every class, also of a built-in set."""
     folder, sorted_labels = tmp_path / "my_images_[1]", np.repeat(np.arange(4), 50)
     order = data.fixed_order(200, sorted_labels)
     data.write_shards(folder, IMAGES[sorted_labels[:120]], sorted_labels[:120], ["a", "b", "c, d", "e"])
@@ -74,6 +74,10 @@ def test_shards_in_one_fixed_order(tmp_path):
     assert np.array_equal(got, 1 - labels[labels % 2 == 0] // 2)
     os.remove(folder / "classes.json")
     assert data.load(str(folder))[2] == ["0", "1", "2", "3"]
+    data.write_shards(tmp_path / "cifar10" / "train", IMAGES[sorted_labels], sorted_labels, "abcd")
+    assert np.bincount(data.load("cifar10", data_dir=str(tmp_path))[1][:20]).tolist() == [5] * 4
+    for images, labels in ((IMAGES / 255, None), (IMAGES, np.full(25, 256)), (IMAGES, np.full(25, -1))):
+        assert "whole numbers from 0 to 255" in refusal(data.write_shards, tmp_path, images, labels, ["a"])
 
 
 @pytest.mark.parametrize(
@@ -351,19 +355,6 @@ def test_any_part_of_the_fixed_order_has_every_class_in_its_share(labels):
     if labels is not None:
         for part in np.array_split(order, 4):
             assert (abs(np.bincount(labels[part], minlength=labels.max() + 1) - np.bincount(labels) / 4) <= 1).all()
-
-
-def test_a_built_in_set_in_class_order_is_permuted_too(tmp_path):
-    """Shards of people who made cifar10/train themselves."""
-    data.write_shards(
-        f"{tmp_path}/cifar10/train", np.zeros((100, 32, 32, 3)), np.repeat(np.arange(10), 10), "abcdefghij"
-    )
-    assert set(data.load("cifar10", data_dir=str(tmp_path))[1][90:]) == set(range(10))
-
-
-def test_shards_are_whole_numbers(tmp_path):
-    for images, labels in ((IMAGES / 255, None), (IMAGES, np.full(25, 256)), (IMAGES, np.full(25, -1))):
-        assert "whole numbers from 0 to 255" in refusal(data.write_shards, tmp_path, images, labels, ["a"])
 
 
 def test_the_training_images_have_every_class_or_it_is_named(tmp_path, fails):

@@ -207,9 +207,7 @@ def test_torchrun_that_is_stopped_loses_at_most_eval_interval_steps(what, shards
 
 
 def test_four_processes_of_two_hosts_equal_one(shards, tmp_path, run):
-    """In loss, weights and validation, when two processes resume the second half; and in the images sampled.
-    An error is shown in its one line, beside torchrun's own report.
-    """
+    """In loss, weights, validation and images, also when two resume. Their error is one line beside torchrun's."""
     settings = dict(dropout=0.0, eval_interval=3, val_fraction=0.4)
     run("train", *train_flags(shards, tmp_path / "1", **settings))
     status, text = torchrun(2, "train", *train_flags(shards, tmp_path / "4", **settings, max_iters=3), nnodes=2)

@@ -328,6 +328,5 @@ def test_fine_tuning_keeps_the_betas_and_needs_the_same_network(shards, trained,
     how = train_flags(shards, tmp_path / "out", max_iters=1)
     run("train", *how, f"--init_from={tmp_path}/betas.pt")
     assert checkpoint(tmp_path / "out")["betas"] == betas.tolist()
-    assert "is of another network" in fails(
-        "train", *how, f"--init_from={tmp_path}/other.pt", f"--out_dir={tmp_path}/b"
-    )
+    other = f"--init_from={tmp_path}/other.pt", f"--out_dir={tmp_path}/b"
+    assert "is of another network" in fails("train", *how, *other)
