@@ -3,7 +3,7 @@
     python train.py config/shapes.py --batch_size=32 --ch_mult=1,2,2
 
 Config files come first, in order, then flags. A config file is Python and is executed: run only those that you would
-run as a script. Names in it that begin with _ are no settings.
+run as a script. Names in it that begin with _ are not settings.
 """
 
 import ast
@@ -86,7 +86,7 @@ def configure(namespace, also=None):
     value out of range.
     """
     sys.excepthook = print_user_error
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half made is removed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: what is half made is removed
     with contextlib.suppress(AttributeError):  # stdout is closed
         sys.stdout.reconfigure(errors="replace")  # names that its encoding lacks
     block, given = settings_in(namespace["__file__"]), {}

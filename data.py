@@ -223,7 +223,7 @@ def decode_image(path, size):
 
 
 def image_paths(folder):
-    """The sorted paths of all images in a folder and its sub-folders, but for hidden ones and links to folders."""
+    """The sorted paths of all images in a folder and its sub-folders, except hidden ones and links to folders."""
     found = []
     for root, folders, names in os.walk(folder, onerror=lambda e: check(False, e)):
         folders[:] = [d for d in folders if not d.startswith(".")]

@@ -138,7 +138,7 @@ def lock_folder(folder):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Opens a temporary file for writing and renames it to `path` at the end: `path` is whole at any moment.
+    """Opens a temporary file for writing and renames it to `path` at the end: `path` is complete at every moment.
 
     Raises UserError if the disk is full, or the like.
     """
