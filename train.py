@@ -129,8 +129,6 @@ if epochs:
     config["epochs"] = 0.0  # so that a resumed run may change max_iters
 if warmup_iters >= max_iters:
     log(f"warning: warmup_iters={warmup_iters} does not end within max_iters={max_iters}: lr never reaches {lr:g}")
-if rank == 0:
-    data.save_json(f"{out_dir}/config.json", dict(config=config, machine=runtime.machine(device)))
 
 # 4. Model, and a copy with the averaged weights; optimiser, and a loss scaler for float16.
 torch.manual_seed(ddpm.seed_of(seed, 2**28 + checkpoint["step"]) if fine_tune else seed)  # not the old embeddings
@@ -182,6 +180,8 @@ log(
     f"{len(val_images)} validation images of {model.shape}, {model.K or 'no'} classes; "
     f"steps {step} to {max_iters}, batch {batch_size}"
 )
+if rank == 0:  # after every refusal: the settings of an earlier run stay
+    data.save_json(f"{out_dir}/config.json", dict(config=config, machine=runtime.machine(device)))
 
 
 # 6. Reports: validation loss, class grids, checkpoints.
