@@ -70,11 +70,8 @@ settings = sampling | dict(vary=vary, weights=weights.hexdigest(), per_class=per
 settings |= dict(classes=[known[k] for k in labels if known], dtype=str(amp_dtype or torch.float32))
 if vary:
     source, kept = dataset or trained_on.get("dataset", "cifar10"), trained_on.get("classes", "")
-    if rank > 0:
-        dist.barrier()
-    real, real_labels, real_names = data.load(source, "train", data_dir, model.shape[1], kept)
-    if world > 1 and rank == 0:
-        dist.barrier()
+    with runtime.rank_0_first(rank, world):
+        real, real_labels, real_names = data.load(source, "train", data_dir, model.shape[1], kept)
     part = trained_on.get("val_fraction", 0), 0 if dataset else trained_on.get("n_real", 0)
     (real, real_labels), (held_out, _) = data.training_part(real, real_labels, real_names, *part)
     fits = not model.K or (real_labels is not None and real_names == known)

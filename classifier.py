@@ -320,10 +320,10 @@ def load_synthetic(folder, names, real, val_images):
     check(alike, f"{folder}: expected labels, and images like the real ones")
     manifest = data.manifest_of(folder)
     trained_on = manifest.get("trained_on") or {}
-    trainings = [trained_on]
+    trainings, validation = [trained_on], data.fingerprint(val_images)
     while trainings[-1]:
         trainings.append(trainings[-1].get("init_from"))
-    if any(t.get("validation") != data.fingerprint(val_images) for t in trainings[:-1]):
+    if any(t.get("validation") != validation for t in trainings[:-1]):
         print("note: the generator may have been trained on the validation images used here")
     if n := trained_on.get("n_real"):
         after = ", after an earlier training" if "init_from" in trained_on else ""

@@ -99,6 +99,16 @@ def join_processes(device):
     return rank, world
 
 
+@contextlib.contextmanager
+def rank_0_first(rank, world):
+    """Runs a block in rank 0, which downloads or decodes what is missing, and then in the other processes."""
+    if rank > 0:
+        dist.barrier()
+    yield
+    if world > 1 and rank == 0:
+        dist.barrier()
+
+
 def leave_processes():
     """Ends a process of torchrun that has succeeded, after the others, before a thread of gloo can abort it."""
     dist.barrier()

@@ -111,11 +111,8 @@ def log(*words):
 
 
 # 3. Data: rank 0 downloads or decodes what is missing, then the others read it.
-if rank > 0:
-    dist.barrier()
-(images, labels), (test_images, test_labels), names = data.load_splits(dataset, data_dir, image_size, classes)
-if world > 1 and rank == 0:
-    dist.barrier()
+with runtime.rank_0_first(rank, world):
+    (images, labels), (test_images, test_labels), names = data.load_splits(dataset, data_dir, image_size, classes)
 (train_images, train_labels), (val_images, val_labels) = data.training_part(images, labels, names, val_fraction, n_real)
 if not conditional or labels is None:
     train_labels = val_labels = test_labels = None
