@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 __version__ = "0.1.0"
 __all__ = ["DDPM", "DDPMConfig", "UserError", "load_model", "save_model", "to_float", "to_uint8", "make_generator"]
-OBJECTIVES, LOSSES, WEIGHTINGS = ("eps", "v", "x0"), ("l2", "l1", "huber"), ("simple", "vlb", "min_snr")
+OBJECTIVES, LOSSES, WEIGHTINGS = ("eps", "v", "x0"), ("l2", "l1", "huber"), ("simple", "vlb", "min_snr", "v")
 SCHEDULES, SAMPLERS, ARCHS = ("linear", "cosine", "quadratic", "sigmoid"), ("ddpm", "ddim", "dpm++"), ("unet", "cnn")
 
 
@@ -147,7 +147,8 @@ def loss_weights(weighting, objective, betas, abar):
     """Returns the weight of each t, (T,), for a squared error in the objective's own units.
 
     simple: 1 ([1] eq. 14 for eps). vlb: a term of [1] eq. 12 with variance beta_t: their sum is in nats per dimension.
-    min_snr: [7] with gamma = 5. One error has three sizes: |eps_err|^2 = snr |x0_err|^2 = abar |v_err|^2.
+    min_snr: [7] with gamma = 5. v: the error of v, but where snr is above 5 as if it were 5, like min_snr.
+    One error has three sizes: |eps_err|^2 = snr |x0_err|^2 = abar |v_err|^2, and 1 / (1 - abar) = snr + 1.
     """
     if weighting == "simple":
         return torch.ones_like(betas)
@@ -156,6 +157,8 @@ def loss_weights(weighting, objective, betas, abar):
         eps_weight = betas / (2 * (1 - betas) * (1 - abar))
     elif weighting == "min_snr":
         eps_weight = snr.clamp(max=5) / snr
+    elif weighting == "v":
+        eps_weight = (snr.clamp(max=5) + 1) / snr
     else:
         raise NotImplementedError(weighting)
     return eps_weight * {"eps": 1.0, "x0": snr, "v": abar}[objective]

@@ -285,8 +285,9 @@ def test_weightings_and_objectives(double, objective):
     eps_error = snr * error.square().mean((1, 2, 3))
     wanted = beta / (2 * (1 - beta) * (1 - abar)) * eps_error  # [1] eq. 12 with sigma^2 = beta
     assert torch.allclose(model(x0, t % 3, t, eps), wanted, rtol=1e-9)
-    closed = {"eps": snr.clamp(max=5) / snr, "x0": snr.clamp(max=5), "v": snr.clamp(max=5) / (snr + 1)}[objective]
-    assert torch.allclose(tiny(weighting="min_snr", objective=objective).loss_weight, closed, rtol=1e-9)
+    for weighting, x0_weight in dict(min_snr=snr.clamp(max=5), v=(1 / (1 - abar)).clamp(max=6)).items():
+        closed = x0_weight / {"eps": snr, "x0": 1, "v": snr + 1}[objective]
+        assert torch.allclose(tiny(weighting=weighting, objective=objective).loss_weight, closed, rtol=1e-9)
     assert (tiny(objective=objective).loss_weight == 1).all()
 
 

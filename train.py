@@ -56,7 +56,7 @@ beta_start = 1e-4
 beta_end = 0.028
 objective = "eps"  # v, x0
 loss = "l2"  # l1, huber
-weighting = "simple"  # vlb, min_snr
+weighting = "simple"  # vlb, min_snr, v
 # optimisation
 batch_size = 128  # images per step, over all processes and micro-batches
 grad_accum = 1  # micro-batches per step
