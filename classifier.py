@@ -198,13 +198,13 @@ def predict(model, images, device):
 
 
 @torch.no_grad()
-def train(images, labels, val_images, val_labels, K, seed, device):
-    """Trains an MLP on uint8 images. Returns it with the weights of its best validation, and {step, val, seconds}.
+def train(images, labels, val_images, val_labels, K, seed, device, network=MLP):
+    """Trains a network on uint8 images. Returns it with the weights of its best validation, and {step, val, seconds}.
 
     Raises UserError when the weights do not stay finite.
     """
     start, best, best_weights = time.time(), {"val": -1.0}, []
-    model = MLP((math.prod(images.shape[1:]), *hidden, K), dropout, seed, device)
+    model = network((math.prod(images.shape[1:]), *hidden, K), dropout, seed, device)
     loss, optimiser = SoftmaxCrossEntropy(), OPTIMIZERS[optimizer](model, weight_decay)
     batches = data.Batches(images, labels, batch_size, seed, hflip, 1.0, shift, device)
     for step in range(max_iters):
@@ -331,7 +331,7 @@ def load_synthetic(folder, names, real, val_images):
     return (images, labels), manifest.get("settings", {}) | {"trained_on": trained_on}
 
 
-def main():
+def main(config, network=MLP):
     chosen = list(dict.fromkeys(arms.split(",")))
     for arm in chosen:
         check_choice("arms", arm, ARMS)
@@ -354,12 +354,12 @@ def main():
     check(chosen == ["real"] or n_synthetic <= available, f"n_synthetic: {n_synthetic}, but there are {available}")
     sizes = f"{len(real[0])} real and {min(n_synthetic, available) or available} synthetic training images"
     sizes += f", {len(val_images)} for validation, {len(test_images)} for the test"
-    print(f"{sizes}; hidden layers {hidden}, {on}, {max_iters} updates of {batch_size}")
+    print(f"{sizes}; {on}, {max_iters} updates of {batch_size}")
     path, runs = new_path(os.path.join(out_dir, "classifier.json")), {arm: [] for arm in chosen}
     for k in range(seed, seed + seeds):
         for arm in chosen:
             train_images, train_labels = arm_images(arm, real, synthetic, k)
-            model, run = train(train_images, train_labels, val_images, val_labels, K, k, on)
+            model, run = train(train_images, train_labels, val_images, val_labels, K, k, on, network)
             predicted = predict(model, test_images, on)  # once
             confusion = np.bincount(test_labels * K + predicted, minlength=K * K).reshape(K, K).tolist()
             run |= dict(arm=arm, seed=k, images=len(train_images), confusion=confusion)
@@ -374,5 +374,4 @@ def main():
 
 
 if __name__ == "__main__":
-    config, _ = configure(globals())
-    main()
+    main(configure(globals())[0])

@@ -10,6 +10,7 @@ from conftest import classifier_flags, same
 
 import classifier
 import data
+from lab.resnet import ResNet18
 
 
 @pytest.fixture
@@ -23,11 +24,11 @@ def double():
 def train(monkeypatch):
     """train(images, labels, val_images, val_labels, K, seed, **settings): classifier.train, small and fast."""
 
-    def train(*what, **changes):
+    def train(*what, network=classifier.MLP, **changes):
         settings = dict(hidden=(32,), optimizer="adamw", batch_size=20, max_iters=30, lr=3e-3, eval_interval=10)
         for key, value in (settings | changes).items():
             monkeypatch.setattr(classifier, key, value)
-        return classifier.train(*what, "cpu")
+        return classifier.train(*what, "cpu", network)
 
     return train
 
@@ -126,6 +127,20 @@ def test_keeps_the_best_validation(train, monkeypatch):
     model, best = train(images, labels, images, labels, 3, 0)
     assert best["step"] == 20 and best["val"] == pytest.approx(25 / 30)
     assert same(model.weights(), seen[1]) and not same(seen[1], seen[2])
+
+
+def test_resnet18_in_the_mlps_place(train, shards, synthetic, tmp_path, run, fails):
+    """With its best weights it keeps the statistics of its batch norms."""
+    labels = np.arange(120) % 3
+    images = np.random.default_rng(0).integers(0, 256, (120, 8, 8, 3)).astype(np.uint8)
+    sets = images, labels, images, labels
+    model, best = train(*sets, 3, 0, network=ResNet18, max_iters=9, eval_interval=1)
+    assert (classifier.predict(model, images, "cpu") == labels).mean() == best["val"] and best["step"] < 9
+    flags = classifier_flags(shards, tmp_path, synthetic, seeds=1, max_iters=1)
+    assert "hidden and dropout are settings of the MLP" in fails("resnet", *flags)
+    run("resnet", *[flag for flag in flags if "hidden" not in flag])
+    found = data.read_json(f"{tmp_path}/classifier.json")["runs"]
+    assert [r["arm"] for r in found] == ["real", "real+synthetic", "real+real"]
 
 
 def test_arms_get_equal_weights_and_updates(train, monkeypatch):

@@ -12,7 +12,7 @@ from conftest import HERE, finish, path_of
 import configurator
 from ddpm import UserError
 
-SCRIPTS = ("train", "sample", "augment", "classifier", "evaluate", "plot", "gan", "ablate", "bench")
+SCRIPTS = ("train", "sample", "augment", "classifier", "evaluate", "plot", "gan", "resnet", "ablate", "bench")
 FLAGS = "nan inf -inf -1 0 0.5 1e400 1e-400 None True [] () {} 1,, 1,2 [[1]] a ' \\ ~ 1j ² __import__('os')".split()
 FLAGS += ["", " ", "1\n2", "4294967296", "-4294967297", "9" * 400, "9" * 5000, "-" * 5000 + "1", "(" * 5000, "1," * 99]
 FILES = "10**400 -(10**5000) float('nan') b'x' 'a\\0' None [None] [float('inf')] {} object".split()
