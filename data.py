@@ -240,9 +240,14 @@ def ranks(labels, order):
     return rank
 
 
-def fixed_order(n, labels=None):
-    """A random order of n images, always the same, with every class spread evenly: any part has its share of each."""
-    order, labels = np.random.default_rng(0).permutation(n), np.zeros(n, int) if labels is None else labels
+def fixed_order(images, labels=None):
+    """A random order of images, the same wherever each stands, with every class spread evenly: (N,) indices.
+
+    It is that of their hashes, so that a download and a copy in another order have the same validation images.
+    """
+    hashes = [hashlib.sha256(np.ascontiguousarray(image)).digest() for image in images]
+    order = np.array(sorted(range(len(images)), key=hashes.__getitem__))
+    labels = np.zeros(len(images), int) if labels is None else labels
     place = (ranks(labels, order) + 0.5) / np.bincount(labels)[labels]
     return order[np.argsort(place[order], kind="stable")]
 
@@ -285,10 +290,9 @@ def download(dataset, data_dir, split, size):
         cause = f"its files in {data_dir} are damaged, or missing and the download failed ({e!r:.100})"
         advice = f"By hand: put {by_hand} in {data_dir}. Without a download: `python train.py config/shapes.py`"
         raise UserError(f"{dataset}: {cause}. {advice}") from None
-    if dataset == "flowers102":  # jpg files, sorted by class
-        order = fixed_order(len(source), np.asarray(source._labels))
-        images = np.stack([decode_image(source._image_files[k], size) for k in order])
-        labels = np.asarray(source._labels)[order]
+    if dataset == "flowers102":  # jpg files
+        images = np.stack([decode_image(path, size) for path in source._image_files])
+        labels = np.asarray(source._labels)
     else:
         images, labels = np.asarray(source.data), np.asarray(source.targets)
         images = images if images.ndim == 4 else images[..., None]
@@ -340,10 +344,6 @@ def load(dataset, split="train", data_dir="data", image_size=0, classes=""):
         if folder is None:
             return None, None, []
     images, labels, names = read_shards(folder)
-    in_class_order = labels is not None and labels[0] < labels[-1] and (np.diff(labels) >= 0).all()
-    if in_class_order or not (built_in or manifest_of(folder)):
-        order = fixed_order(len(images), labels)
-        images, labels = images[order], None if labels is None else labels[order]
     H, W = images.shape[1:3]
     check(H == W and image_size in (0, H), f"{folder}: images {H}x{W}, expected squares of {image_size or 'any size'}")
     return select(images, labels, names, classes)
@@ -437,14 +437,14 @@ def select(images, labels, names, classes):
 
 
 def training_part(images, labels, names, val_fraction, n_real=0):
-    """Splits (images, labels or None) into those for training and those for validation, the last ones.
+    """Splits (images, labels or None) into those for training and those for validation, the last of the fixed order.
 
     n_real: keep so many for training, the same number of each class and the same for every seed; 0: all.
     Raises UserError if there are none for validation, or none of a class for training.
     """
     n_val = int(len(images) * val_fraction)
     check(n_val or not val_fraction, f"val_fraction={val_fraction} of {len(images)} images leaves none for validation")
-    parts = slice(len(images) - n_val), slice(len(images) - n_val, None)  # views: the images may be mapped from disk
+    parts = np.split(fixed_order(images, labels), [len(images) - n_val])
     train, val = [(images[part], None if labels is None else labels[part]) for part in parts]
     if n_real:
         chosen = balanced(*train, n_real, 0)

@@ -166,14 +166,11 @@ def seen_by_generator(folder, images, labels):
     """
     trained_on = data.manifest_of(folder).get("trained_on", {})
     earlier, n_real = trained_on.pop("init_from", trained_on), trained_on.get("n_real", 0)
-    n_train = len(images) - int(len(images) * trained_on.get("val_fraction", 0))
-    same = data.fingerprint(images[n_train:]) == trained_on.get("validation") and n_real <= n_train
+    training, (held_out, _) = data.training_part(images, labels, (), trained_on.get("val_fraction", 0))
+    same = data.fingerprint(held_out) == trained_on.get("validation") and n_real <= len(training[0])
     if earlier != trained_on or (n_real and not same):
         return images[:0], None
-    n_train = n_train if same else len(images)
-    labels = np.zeros(n_train) if labels is None else labels[:n_train]
-    index = data.balanced(images[:n_train], labels, n_real, 0)
-    return images[index], labels[index]
+    return data.training_part(images, labels, (), trained_on["val_fraction"], n_real)[0] if same else (images, labels)
 
 
 def memorisation(images, X, train, test, n_train, path):
@@ -215,7 +212,7 @@ def main(config):
     other, halves = "test" if split == "train" else "train", test[0] is None
     if halves:
         check(split == "train", f"{dataset} has no test split")
-        order = np.array_split(data.fixed_order(len(train[0])), 2)
+        order = np.array_split(data.fixed_order(*train), 2)
         train, test = ([None if a is None else a[half] for a in train] for half in order)
         other = "other half of train"
     reference, control = (train, test) if split == "train" else (test, train)

@@ -58,15 +58,14 @@ def refusal(action, *args, **kwargs):
     return str(e.value)
 
 
-def test_shards_in_one_fixed_order(tmp_path):
-    """So the validation images of shards that are sorted by class have every class, also of a built-in set."""
+def test_shards_that_are_sorted_by_class(tmp_path):
+    """Both parts have every class."""
     folder, sorted_labels = tmp_path / "my_images_[1]", np.repeat(np.arange(4), 50)
-    order = data.fixed_order(200, sorted_labels)
     data.write_shards(folder, IMAGES[sorted_labels[:120]], sorted_labels[:120], ["a", "b", "c, d", "e"])
     np.save(folder / "images_00001.npy", np.asfortranarray(IMAGES[sorted_labels[120:]]))
     np.save(folder / "labels_00001.npy", sorted_labels[120:].astype(">i2"))
     images, labels, names = data.load(str(folder))
-    assert np.array_equal(labels, sorted_labels[order]) and np.array_equal(images, IMAGES[labels])
+    assert np.array_equal(labels, sorted_labels) and np.array_equal(images, IMAGES[labels])
     (_, training), (_, validation) = data.training_part(images, labels, names, 0.2)
     assert np.bincount(training).tolist() == [40] * 4 and np.bincount(validation).tolist() == [10] * 4
     kept, got, names = data.load(str(folder), classes=["c, d", "a"])
@@ -74,8 +73,6 @@ def test_shards_in_one_fixed_order(tmp_path):
     assert np.array_equal(got, 1 - labels[labels % 2 == 0] // 2)
     os.remove(folder / "classes.json")
     assert data.load(str(folder))[2] == ["0", "1", "2", "3"]
-    data.write_shards(tmp_path / "cifar10" / "train", IMAGES[sorted_labels], sorted_labels, "abcd")
-    assert np.bincount(data.load("cifar10", data_dir=str(tmp_path))[1][:20]).tolist() == [5] * 4
     for images, labels in ((IMAGES / 255, None), (IMAGES, np.full(25, 256)), (IMAGES, np.full(25, -1))):
         assert "whole numbers from 0 to 255" in refusal(data.write_shards, tmp_path, images, labels, ["a"])
 
@@ -350,8 +347,12 @@ def test_a_folder_says_what_was_understood(shards, tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize("labels", (np.repeat(np.arange(5), 40), np.repeat(np.arange(3), (2, 3, 195)), None))
 def test_any_part_of_the_fixed_order_has_every_class_in_its_share(labels):
-    order = data.fixed_order(200, labels)
+    """It is the same order of the images, wherever they stand."""
+    images = np.random.default_rng(0).integers(0, 256, (200, 4, 4, 1))
+    order, moved = data.fixed_order(images, labels), np.random.default_rng(1).permutation(200)
     assert np.array_equal(np.sort(order), np.arange(200)) and not np.array_equal(order, np.arange(200))
+    again = data.fixed_order(images[moved], None if labels is None else labels[moved])
+    assert np.array_equal(images[moved][again], images[order])
     if labels is not None:
         for part in np.array_split(order, 4):
             assert (abs(np.bincount(labels[part], minlength=labels.max() + 1) - np.bincount(labels) / 4) <= 1).all()
@@ -431,7 +432,6 @@ def test_every_set_goes_through_all_scripts(name, size, n, tmp_path, monkeypatch
         write_flowers102(tmp_path / "data", monkeypatch)
         images, labels, _ = data.load(name)
         ids = np.array([k + 102 * i + 1 for k in range(102) for i in range(2)])
-        ids = ids[data.fixed_order(204, np.repeat(np.arange(102), 2))]
         assert np.array_equal(labels, (ids - 1) % 102)
         assert np.array_equal(images[5], data.decode_image(f"data/flowers-102/jpg/image_{ids[5]:05d}.jpg", 64))
     else:
