@@ -18,7 +18,8 @@ Notation, as in the papers:
 [3] Ho, Salimans 2022, Classifier-free diffusion guidance                [4] Song, Meng, Ermon 2021, DDIM
 [5] Salimans, Ho 2022, Progressive distillation (v)                      [6] Lu et al. 2022, DPM-Solver++
 [7] Hang et al. 2023, Min-SNR weighting                                  [8] Karras et al. 2022, EDM
-[9] Kynkäänniemi et al. 2024, Guidance in a limited interval
+[9] Kynkäänniemi et al. 2024, Guidance in a limited interval             [10] Jordan et al. 2024, Muon
+[11] Liu et al. 2025, Muon is scalable for LLM training
 """
 
 import math
@@ -35,7 +36,8 @@ from torch import Tensor, nn
 __version__ = "0.1.0"
 __all__ = ["DDPM", "DDPMConfig", "UserError", "load_model", "save_model", "to_float", "to_uint8", "make_generator"]
 OBJECTIVES, LOSSES, WEIGHTINGS = ("eps", "v", "x0"), ("l2", "l1", "huber"), ("simple", "vlb", "min_snr", "v")
-SCHEDULES, SAMPLERS, ARCHS = ("linear", "cosine", "quadratic", "sigmoid"), ("ddpm", "ddim", "dpm++"), ("unet", "cnn")
+SCHEDULES = ("linear", "cosine", "quadratic", "sigmoid", "lognormal")
+SAMPLERS, ARCHS = ("ddpm", "ddim", "dpm++"), ("unet", "cnn")
 
 
 class UserError(ValueError):
@@ -125,7 +127,8 @@ def make_betas(schedule: str, T: int, beta_start: float, beta_end: float) -> Ten
     """Returns beta_t for t = 0..T-1, (T,) float64.
 
     linear: [1]. quadratic: linear in sqrt(beta). sigmoid: a logistic curve over -6..6. cosine: [2] eq. 17 with
-    s = 0.008 and betas clipped at 0.999; it ignores beta_start and beta_end.
+    s = 0.008 and betas clipped at 0.999. lognormal: log sigma is normal over t, as in the training of [8], with mean
+    -0.6 and deviation 1.2. The last two ignore beta_start and beta_end.
     """
     if schedule == "linear":
         betas = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
@@ -138,6 +141,10 @@ def make_betas(schedule: str, T: int, beta_start: float, beta_end: float) -> Ten
         u = torch.arange(T + 1, dtype=torch.float64) / T
         f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    elif schedule == "lognormal":
+        z = torch.special.ndtri((torch.arange(T, dtype=torch.float64) + 0.5) / T)
+        abar = torch.sigmoid(-2 * (1.2 * z - 0.6))  # 1 / (1 + sigma^2)
+        betas = 1 - abar / F.pad(abar[:-1], (1, 0), value=1)
     else:
         raise NotImplementedError(schedule)
     return betas
@@ -650,12 +657,43 @@ def learning_rate(step: int, max_iters: int, lr: float, min_lr: float, warmup_it
     return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW, without weight decay on biases and norms."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, fused=matrices[0].device.type != "mps")
+class Muon(torch.optim.AdamW):
+    """AdamW, but [10] with the scale of [11] for the group `kernels`, taken as matrices (out, in * height * width).
+
+    It steps along the momentum with all singular values set to about 1: small directions count like large ones.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in (group for group in self.param_groups if "kernels" in group):
+            for p in group["params"]:
+                if p not in self.state:  # AdamW reads the step of every state
+                    self.state[p] = dict(step=torch.zeros(()), momentum=torch.zeros_like(p))
+                momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
+                X = p.grad.lerp(momentum, 0.95).flatten(1)
+                tall = X.shape[0] > X.shape[1]  # A is the smaller square
+                X = (X.T if tall else X) / (X.norm() + 1e-7)
+                for _ in range(5):  # of a Newton-Schulz iteration
+                    A = X @ X.T
+                    X = 3.4445 * X + (2.0315 * A @ A - 4.775 * A) @ X
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_((X.T if tall else X).reshape(p.shape), alpha=0.2 * max(X.shape) ** 0.5 * group["lr"])
+                p.grad = None  # AdamW passes over it
+        super().step(closure)
+
+
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float, kind: str = "adamw") -> torch.optim.AdamW:
+    """AdamW, or Muon for convolutions but the first and the last; without weight decay on biases and norms."""
+    check_choice("optimizer", kind, ("adamw", "muon"))
+    groups = {"kernels": [], "matrices": [], "vectors": []}
+    for name, p in model.named_parameters():
+        inner = kind == "muon" and p.ndim == 4 and not name.startswith(("net.stem", "net.out"))
+        groups["kernels" if inner else "matrices" if p.ndim > 1 else "vectors"].append(p)
+    decay = dict(kernels=weight_decay, matrices=weight_decay, vectors=0.0)
+    groups = [{"params": params, "weight_decay": decay[name], name: True} for name, params in groups.items() if params]
+    if kind == "muon":
+        return Muon(groups, lr=lr)
+    return torch.optim.AdamW(groups, lr=lr, fused=p.device.type != "mps")
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import re
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -100,6 +101,9 @@ def test_tables_against_plain_python(schedule):
             beta = (a**0.5 + (b**0.5 - a**0.5) * t / (T - 1)) ** 2
         elif schedule == "sigmoid":
             beta = a + (b - a) / (1 + math.exp(6 - 12 * t / (T - 1)))
+        elif schedule == "lognormal":
+            sigma = [math.exp(NormalDist(-0.6, 1.2).inv_cdf((u + 0.5) / T)) if u >= 0 else 0 for u in (t - 1, t)]
+            beta = 1 - (1 + sigma[0] ** 2) / (1 + sigma[1] ** 2)
         else:
             f = [math.cos((u / T + 0.008) / 1.008 * math.pi / 2) ** 2 for u in (t, t + 1)]
             beta = min(0.999, 1 - f[1] / f[0])
@@ -586,6 +590,30 @@ def test_weight_decay_shrinks_matrices_only():
     ddpm.make_optimizer(model, lr=0.1, weight_decay=0.5).step()  # Adam's first step is lr
     for p in model.parameters():
         assert torch.allclose(p, torch.tensor(1 - 0.1 - 0.1 * 0.5 if p.ndim > 1 else 1 - 0.1))
+
+
+def test_muon_sets_the_singular_values_of_inner_kernels_to_about_1():
+    """In its first step, here from 0.1 to 1. Everything else takes AdamW's step."""
+    ours, theirs = tiny(), tiny()
+    theirs.load_state_dict(ours.state_dict())
+    inner = [p.ndim == 4 and "stem" not in name and "net.out" not in name for name, p in ours.named_parameters()]
+    pairs = list(zip(inner, ours.parameters(), theirs.parameters()))
+    for _, p, q in pairs:
+        p.grad = torch.randn_like(p)
+        if p.ndim == 4:
+            U, values, Vh = torch.linalg.svd(p.grad.flatten(1), full_matrices=False)
+            p.grad = (U * torch.linspace(0.1, 1, len(values)) @ Vh).view_as(p)
+        q.grad = p.grad.clone()
+    optimizer = ddpm.make_optimizer(ours, 0.1, 0.5, "muon")
+    optimizer.step()
+    for _, p, q in filter(lambda pair: pair[0], pairs):
+        update = (0.95 * q - p).detach().flatten(1) / (0.1 * 0.2 * max(p.flatten(1).shape) ** 0.5)
+        U, _, Vh = torch.linalg.svd(q.grad.flatten(1), full_matrices=False)
+        values = (U.T @ update @ Vh.T).diagonal()  # in the gradient's own directions
+        assert 0.6 < values.min() and values.max() < 1.3
+    ddpm.make_optimizer(theirs, 0.1, 0.5).step()
+    assert all(torch.allclose(p, q, atol=1e-6) for kernel, p, q in pairs if not kernel) and 9 < sum(inner) < len(pairs)
+    assert len(optimizer.state_dict()["state"]) == len(pairs)  # a resumed run goes on with all of it
 
 
 @pytest.mark.parametrize("decay", (0.5, 0.9999))

@@ -51,13 +51,14 @@ num_res_blocks = 2  # per level
 attn_resolutions = (16,)  # sides of the feature maps that get attention
 dropout = 0.1
 timesteps = 500  # T
-schedule = "linear"  # cosine, quadratic, sigmoid
+schedule = "linear"  # cosine, quadratic, sigmoid, lognormal
 beta_start = 1e-4
 beta_end = 0.028
 objective = "eps"  # v, x0
 loss = "l2"  # l1, huber
 weighting = "simple"  # vlb, min_snr, v
 # optimisation
+optimizer = "adamw"  # muon
 batch_size = 128  # images per step, over all processes and micro-batches
 grad_accum = 1  # micro-batches per step
 max_iters = 200_000  # steps
@@ -87,7 +88,8 @@ if resume or fine_tune:
     )
     saved = checkpoint["config"] if resume else checkpoint["model_args"]
     kept = saved.keys() & config.keys() - {"out_dir", "init_from", "device", "use_compile", *given}
-    changed = [key for key in ("batch_size", "seed") if resume and given.get(key, saved[key]) != saved[key]]
+    fixed = ("batch_size", "seed", "optimizer") if resume else ()
+    changed = [key for key in fixed if key in given and given[key] != saved.get(key)]
     check(not changed, f"resume: {', '.join(changed)} cannot change: start a new run, or fine-tune the checkpoint")
     config |= {key: saved[key] for key in kept}
     globals().update(config)
@@ -150,7 +152,7 @@ if fine_tune:  # from the averaged weights; other classes get new embeddings
     check(not other, f"{init_from} is of another network")
     trained_on["init_from"] = checkpoint.get("trained_on", {})
 ema = copy.deepcopy(model).eval().requires_grad_(False)
-optimizer = ddpm.make_optimizer(model, lr, weight_decay)
+optimizer = ddpm.make_optimizer(model, lr, weight_decay, optimizer)
 scaler = torch.amp.GradScaler(device.split(":")[0], enabled=amp_dtype == torch.float16)
 
 # 5. State: what a resumed run continues with.
@@ -166,7 +168,8 @@ if resume:
         part.load_state_dict(checkpoint[name])
     if checkpoint["scaler"]:  # empty unless that was float16
         scaler.load_state_dict(checkpoint["scaler"])
-    optimizer.param_groups[0]["weight_decay"] = weight_decay  # of the matrices: load_state_dict restored the old one
+    for group in optimizer.param_groups[:-1]:  # but the vectors: load_state_dict restored the old one
+        group["weight_decay"] = weight_decay
 del checkpoint
 if use_compile:
     model.net.compile(**use_compile)  # in place: parameter names stay those of the plain module

@@ -96,7 +96,7 @@ class Ours(Side):
         args |= dict(image_size=size, channels=channels, num_classes=K)
         self.model = DDPM(DDPMConfig(**args)).to(s.device)
         self.model.amp_dtype = amp_dtype
-        self.optimizer = make_optimizer(self.model, s.lr, s.weight_decay)
+        self.optimizer = make_optimizer(self.model, s.lr, s.weight_decay, s.optimizer)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         if use_compile:
             self.model.net.compile(**use_compile)

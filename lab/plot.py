@@ -80,7 +80,7 @@ def plot_schedules(figure):
         axis.tick_params(axis="y", colors=COLOURS[1], labelsize=8)
         axis.set_ylabel("cosine", color=COLOURS[1], fontsize=8)
     labels = [f"{s} (dashed: axis on the right)" if s == "cosine" else s for s in SCHEDULES]
-    figure.legend(axes[2].lines, labels, loc="lower center", ncol=4, frameon=False)
+    figure.legend(axes[2].lines, labels, loc="lower center", ncol=5, frameon=False)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
 
 

@@ -28,6 +28,7 @@ def test_a_run_cut_off_before_any_write_continues_to_the_same_bits(shards, tmp_p
     """
     whole, cut, step = tmp_path / "whole", tmp_path / "cut", 0
     settings = dict(max_iters=4, eval_interval=1, grad_accum=2, dtype="bfloat16", ema_decay=0.5, eval_images=4)
+    settings |= dict(optimizer="muon")  # which has AdamW's state, too
     run("train", *train_flags(shards, whole, **settings))
     for n in range(13):  # config.json is three writes, and at each step log.json and the checkpoint are
         how = resume(cut) if step else train_flags(shards, cut, **settings)
@@ -185,8 +186,8 @@ def test_n_real_trains_on_the_images_that_the_classifier_takes(shards, tmp_path,
         assert "9 training and 6 validation images" in text
         assert checkpoint(out_dir)["trained_on"]["training"] == data.fingerprint(taken)
     assert "not the images that" in fails("train", *resume(tmp_path / "True", n_real=12))
-    for key in ("batch_size", "seed"):
-        assert f"resume: {key} cannot change" in fails("train", *resume(tmp_path / "True", **{key: 4}))
+    for key, value in dict(batch_size=4, seed=4, optimizer="muon").items():
+        assert f"resume: {key} cannot change" in fails("train", *resume(tmp_path / "True", **{key: value}))
     assert data.read_json(tmp_path / "True" / "config.json")["config"]["n_real"] == 9  # what is refused changes nothing
 
 
