@@ -125,5 +125,5 @@ def print_user_error(kind, error, trace):
         error = "interrupted"
     elif not issubclass(kind, (UserError, OSError)):
         return sys.__excepthook__(kind, error, trace)
-    print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+    sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).splitlines())}\n")  # whole: ranks share it
     raise SystemExit(2)
