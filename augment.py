@@ -77,7 +77,7 @@ if vary:
     fits = not model.K or (real_labels is not None and real_names == known)
     check(fits, f"vary: {source} has classes {real_names}, the model {known}")
     if rank == 0 and data.fingerprint(held_out) != trained_on.get("validation"):
-        print(f"note: the model was not trained on these images of {source}")
+        print(f"note: the model may have been trained on other images of {source} than these")
     groups = [np.flatnonzero(real_labels == k) if model.K else np.arange(len(real)) for k in labels]
     vary_t = min(range(model.T), key=lambda t: abs(math.log(sigma_of(model.abar[t]) / vary)))
     check(steps <= vary_t + 1, f"steps: {steps}, but sigma {vary} is step {vary_t} of the model")
@@ -112,12 +112,11 @@ def open_folder():
     runtime.lock_folder(folder)
     other = os.path.exists(manifest) and not data.manifest_of(folder)
     check(not other, f"{manifest} is of another program: use another --synthetic_dir")
-    shards, old = data.shard_files(folder), {}
+    shards, old = data.shard_files(folder), data.manifest_of(folder).get("settings", {})
     if overwrite:
         for path in shards:  # cut off here, the manifest refuses what is left
             os.remove(path)
     elif shards:
-        old = data.read_json(manifest).get("settings", {}) if os.path.exists(manifest) else {}
         others = [key for key in settings if old.get(key) != settings[key] and key != "per_class"]
         others += ["per_class"] if old.get("per_class", 0) > per_class else []
         advice = "use --overwrite=True to delete it, or another --synthetic_dir"

@@ -365,8 +365,9 @@ def main(config, network=MLP):
             run |= dict(arm=arm, seed=k, images=len(train_images), confusion=confusion)
             run |= dict(test=float((predicted == test_labels).mean()))
             runs[arm].append(run)
-            content = dict(config=config, classes=names, synthetic=made_with, torch=torch.__version__)
-            data.save_json(path, content | dict(runs=sum(runs.values(), []), verdict=verdict(runs)))
+            content = dict(network=network.__name__, config=config, classes=names, synthetic=made_with)
+            content |= dict(torch=torch.__version__, runs=sum(runs.values(), []), verdict=verdict(runs))
+            data.save_json(path, content)
             scores = f"validation {run['val']:.2%} at update {run['step']}, test {run['test']:.2%}"
             print(f"seed {k} {arm:<15} {run['images']:6d} images: {scores}, {run['seconds']:.0f} s", flush=True)
     report(runs, names)

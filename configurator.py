@@ -125,5 +125,6 @@ def print_user_error(kind, error, trace):
         error = "interrupted"
     elif not issubclass(kind, (UserError, OSError)):
         return sys.__excepthook__(kind, error, trace)
-    sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).splitlines())}\n")  # whole: ranks share it
+    line = f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).splitlines())}\n"
+    print(line, end="", file=sys.stderr)  # in one write: other ranks may print as well
     raise SystemExit(2)

@@ -499,7 +499,7 @@ class Batches:
         # non_blocking: on a GPU the copies do not wait for the work before them
         index, u = (v.to(self.device, non_blocking=self.images.is_cuda) for v in (self.indices(step)[rows], u))
         flip, scale, dx, dy = u
-        x0 = to_float(self.flip_and_shift(index, flip < 0.5, dx, dy))
+        x0 = to_float(self.flip_and_shift(index, flip < 0.5 * self.hflip, dx, dy))
         if self.crop < 1:
             scale = self.crop + (1 - self.crop) * scale
             offset_x, offset_y = ((2 * v - 1) * (1 - scale) for v in (dx, dy))
@@ -513,16 +513,13 @@ class Batches:
     def flip_and_shift(self, index, flip, dx, dy):
         """Images `index`, mirrored where flip is true and shifted by dx, dy in [0, 1): (b, H, W, C) uint8."""
         N, H, W, C = self.images.shape
-        if not (self.hflip or self.shift):
-            return self.images[index]
 
         def shifted(n, d):  # positions 0..n-1 in the source, (b, n)
             offset = (d * (2 * self.shift + 1)).long()[:, None] - self.shift
             return (torch.arange(n, device=index.device) + offset).clamp(0, n - 1)
 
         rows, columns = shifted(H, dy), shifted(W, dx)
-        if self.hflip:
-            columns = torch.where(flip[:, None], W - 1 - columns, columns)
+        columns = torch.where(flip[:, None], W - 1 - columns, columns)
         pixels = ((index * H)[:, None, None] + rows[:, :, None]) * W + columns[:, None, :]
         return self.images.view(N * H * W, C)[pixels]
 

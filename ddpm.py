@@ -107,9 +107,8 @@ class DDPMConfig:
         check(self.ch % 2 == 0, f"ch: {self.ch} must be even")
         for name in ("dropout", "p_uncond"):
             check(0 <= getattr(self, name) <= 1, f"{name}: {getattr(self, name)} must be between 0 and 1")
-        names = len(self.class_names)
-        fits = names in (0, self.num_classes) or not self.num_classes
-        check(fits, f"class_names: {names} names for {self.num_classes} classes")
+        names, K = len(self.class_names), self.num_classes
+        check(not K or names in (0, K), f"class_names: {names} names for {K} classes")
         check(self.p_uncond < 1 or not self.num_classes, "p_uncond: 1 drops every label, so that none is learned")
         halvings = len(self.ch_mult) - (self.arch == "unet")  # the U-Net's first level keeps the resolution
         unit = self.patch * 2**halvings
@@ -128,7 +127,7 @@ def make_betas(schedule: str, T: int, beta_start: float, beta_end: float) -> Ten
 
     linear: [1]. quadratic: linear in sqrt(beta). sigmoid: a logistic curve over -6..6. cosine: [2] eq. 17 with
     s = 0.008 and betas clipped at 0.999. lognormal: log sigma is normal over t, as in the training of [8], with mean
-    -0.6 and deviation 1.2. The last two ignore beta_start and beta_end.
+    -0.6 (there -1.2) and deviation 1.2. The last two ignore beta_start and beta_end.
     """
     if schedule == "linear":
         betas = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
@@ -658,13 +657,13 @@ def learning_rate(step: int, max_iters: int, lr: float, min_lr: float, warmup_it
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but [10] with the scale of [11] for the group `kernels`, taken as matrices (out, in * height * width).
+    """AdamW, but [10] with the scale of [11] for the group `kernels`, as matrices (out, in * height * width).
 
     It steps along the momentum with all singular values set to about 1: small directions count like large ones.
     """
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         for group in (group for group in self.param_groups if "kernels" in group):
             for p in group["params"]:
                 if p not in self.state:  # AdamW reads the step of every state
@@ -679,7 +678,7 @@ class Muon(torch.optim.AdamW):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_((X.T if tall else X).reshape(p.shape), alpha=0.2 * max(X.shape) ** 0.5 * group["lr"])
                 p.grad = None  # AdamW passes over it
-        super().step(closure)
+        super().step()
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float, kind: str = "adamw") -> torch.optim.AdamW:

@@ -83,9 +83,8 @@ resume, fine_tune = init_from == "resume", init_from not in ("scratch", "resume"
 if resume or fine_tune:
     checkpoint = ddpm.load_checkpoint(checkpoint_path if resume else init_from)
     whole = {"optimizer", "config", "history", "trained_on"} <= checkpoint.keys() and "shadow" not in checkpoint["ema"]
-    check(
-        fine_tune or whole, f"{checkpoint_path} has not all that a run goes on from: fine-tune it with --init_from=PATH"
-    )
+    advice = "has not all that a run goes on from: fine-tune it with --init_from=PATH"
+    check(fine_tune or whole, f"{checkpoint_path} {advice}")
     saved = checkpoint["config"] if resume else checkpoint["model_args"]
     kept = saved.keys() & config.keys() - {"out_dir", "init_from", "device", "use_compile", *given}
     fixed = ("batch_size", "seed", "optimizer") if resume else ()
@@ -145,9 +144,8 @@ if checkpoint:
 if fine_tune:  # from the averaged weights; other classes get new embeddings
     weights = checkpoint["ema"].get("shadow", checkpoint["ema"])
     same = old["class_names"] == new["class_names"]
-    found = model.load_state_dict(
-        {k: v for k, v in weights.items() if same or "condition.label" not in k}, strict=False
-    )
+    kept = {k: v for k, v in weights.items() if same or "condition.label" not in k}
+    found = model.load_state_dict(kept, strict=False)
     other = [k for k in found.missing_keys + found.unexpected_keys if "condition.label" not in k]
     check(not other, f"{init_from} is of another network")
     trained_on["init_from"] = checkpoint.get("trained_on", {})
@@ -156,13 +154,12 @@ optimizer = ddpm.make_optimizer(model, lr, weight_decay, optimizer)
 scaler = torch.amp.GradScaler(device.split(":")[0], enabled=amp_dtype == torch.float16)
 
 # 5. State: what a resumed run continues with.
-step, sums = 0, torch.zeros(2, device=device)  # sum and count of the losses since the last validation
-history = dict(step=[], epochs=[], train_loss=[], val_loss=[], val_quarters=[], test_loss=None)
-history |= dict(log_step=[], log_loss=[], lr=[])
+step = 0
+history = dict(log_step=[], log_loss=[], lr=[], step=[], val_loss=[], val_quarters=[], test_loss=None)
 if resume:
     same = all(trained_on[split] == checkpoint["trained_on"][split] for split in ("training", "validation"))
     check(same, "resume: these are not the images that the checkpoint was trained on")
-    step, sums, trained_on = checkpoint["step"], checkpoint["sums"].to(device), checkpoint["trained_on"]
+    step, trained_on = checkpoint["step"], checkpoint["trained_on"]
     history = checkpoint["history"] | dict(test_loss=None)
     for name, part in dict(model=model, ema=ema, optimizer=optimizer).items():
         part.load_state_dict(checkpoint[name])
@@ -218,7 +215,7 @@ def save_grid():
 
 
 def save():
-    state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), sums=sums)
+    state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
     with runtime.atomic_write(checkpoint_path) as f:
         ddpm.save_model(f, model, ema, step, **state, history=history, config=config, trained_on=trained_on)
 
@@ -282,7 +279,6 @@ while step < max_iters and not stopped:
         log(f"step {step:7d}  loss {loss:.4f}  lr {lr_now:.2e}  grad norm {norm:7.3f}  {speed}")
         for key, value in dict(log_step=step, log_loss=loss, lr=lr_now).items():
             history[key].append(value)
-        sums += log_sums
         log_sums.zero_()
         log_step, log_time = step, time.time()
 
@@ -291,9 +287,6 @@ while step < max_iters and not stopped:
     paused = time.time()
     if evaluates:
         history["step"].append(step)
-        history["epochs"].append(step * batch_size / n_train)
-        history["train_loss"].append((sums[0] / sums[1]).item())
-        sums.zero_()
         if len(val_images):
             val_loss, quarters = evaluate(val_images, val_labels)
             history["val_loss"].append(val_loss)
@@ -311,7 +304,8 @@ while step < max_iters and not stopped:
 
 if step == max_iters and test_images is not None:
     log(f"step {step:7d}  computing the test loss")
-    history["test_loss"], _ = evaluate(test_images, test_labels)
+    order = data.fixed_order(test_images, test_labels)  # in any part of it the classes have their share
+    history["test_loss"], _ = evaluate(test_images[order], None if test_labels is None else test_labels[order])
     log(f"step {step:7d}  test loss {history['test_loss']:.4f} on {min(eval_images, len(test_images))} images")
     if rank == 0:
         data.save_json(f"{out_dir}/log.json", history)

@@ -166,11 +166,13 @@ def seen_by_generator(folder, images, labels):
     """
     trained_on = data.manifest_of(folder).get("trained_on", {})
     earlier, n_real = trained_on.pop("init_from", trained_on), trained_on.get("n_real", 0)
-    training, (held_out, _) = data.training_part(images, labels, (), trained_on.get("val_fraction", 0))
+    share = trained_on.get("val_fraction", 0)
+    share = share if int(len(images) * share) else 0  # of this data set: none, where training_part would refuse
+    training, (held_out, _) = data.training_part(images, labels, (), share)
     same = data.fingerprint(held_out) == trained_on.get("validation") and n_real <= len(training[0])
     if earlier != trained_on or (n_real and not same):
         return images[:0], None
-    return data.training_part(images, labels, (), trained_on["val_fraction"], n_real)[0] if same else (images, labels)
+    return data.training_part(images, labels, (), share, n_real)[0] if same else (images, labels)
 
 
 def memorisation(images, X, train, test, n_train, path):

@@ -1,6 +1,6 @@
 """Draws what a report shows, into out_dir/plot_WHAT.png. Needs `pip install '.[plot]'`.
 
-python -m lab.plot schedules                                   beta, signal and log-SNR of the four schedules
+python -m lab.plot schedules                                   beta, signal and log-SNR of the five schedules
 python -m lab.plot forward --dataset=cifar10                   an image noised along each of them
 python -m lab.plot loss --logs=out,out-b                       the losses of any number of runs of train.py or lab.gan
 python -m lab.plot confusion --results=out/classifier.json     confusion matrices of the arms, side by side
@@ -62,24 +62,24 @@ def side_title(axis, text):
 
 
 def plot_schedules(figure):
-    """beta_t, sqrt(1 - beta_t), alpha_bar_t and log-SNR over t. cosine's betas, up to 0.999, have their own axis."""
+    """beta_t, sqrt(1 - beta_t), alpha_bar_t and log-SNR over t. The large betas of two have an axis of their own."""
     figure.set_size_inches(14, 3.4)
     axes = figure.subplots(1, 4)
     titles = (r"$\beta_t$", r"$\sqrt{1-\beta_t}$", r"$\bar\alpha_t$", r"$\log\ \bar\alpha_t / (1-\bar\alpha_t)$")
-    right = [axis.twinx() for axis in axes[:2]]
+    right, large = [axis.twinx() for axis in axes[:2]], ("cosine", "lognormal")
     for schedule, colour in zip(SCHEDULES, COLOURS):
         abar = torch.tensor(diffusion(schedule).abar, dtype=torch.float64)
         betas = make_betas(schedule, timesteps, beta_start, beta_end)
         for k, values in enumerate((betas, (1 - betas).sqrt(), abar, (abar / (1 - abar)).log())):
-            own = schedule == "cosine" and k < 2
+            own = schedule in large and k < 2
             (right if own else axes)[k].plot(values, "--" if own else "-", color=colour, lw=1.8)
     for axis, title in zip(axes, titles):
         axis.set(title=title, xlabel="t")
         axis.grid(alpha=0.3)
     for axis in right:
-        axis.tick_params(axis="y", colors=COLOURS[1], labelsize=8)
-        axis.set_ylabel("cosine", color=COLOURS[1], fontsize=8)
-    labels = [f"{s} (dashed: axis on the right)" if s == "cosine" else s for s in SCHEDULES]
+        axis.tick_params(axis="y", labelsize=8)
+        axis.set_ylabel(", ".join(large), fontsize=8)
+    labels = [f"{s} (dashed: axis on the right)" if s in large else s for s in SCHEDULES]
     figure.legend(axes[2].lines, labels, loc="lower center", ncol=5, frameon=False)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
 

@@ -22,20 +22,14 @@ import torch
 
 import data
 import ddpm
+from lab.ablate import HERE, flags, path_of
 
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TIMEOUT = 600  # seconds of a subprocess: ends a hang, measures nothing
 
 
 def pytest_collection_modifyitems(items):
     """The longest test comes first, so that the other workers have the rest to do."""
     items.sort(key=lambda item: "test_chain" not in item.nodeid)
-
-
-def path_of(script):
-    """The file of a script: train, or lab's evaluate."""
-    found = [path for path in (f"{HERE}/{script}.py", f"{HERE}/lab/{script}.py") if os.path.exists(path)]
-    return found[0]
 
 
 def command(script, *flags):
@@ -147,10 +141,6 @@ def fails(capfd):
         return text.strip().splitlines()[-1]
 
     return fails
-
-
-def flags(**settings):
-    return [f"--{key}={value}" for key, value in settings.items()]
 
 
 def train_flags(shards, out_dir, **changes):

@@ -102,7 +102,7 @@ def test_variations_of_the_training_images(shards, trained, tmp_path, run, fails
     assert "made with another vary" in fails("augment", *augment_flags(trained, folder, per_class=6, steps=2))
     data.write_shards(f"{tmp_path}/other", 255 - images, labels, NAMES)
     other = dict(vary=5, dataset=f"{tmp_path}/other", steps=2, overwrite=True)
-    assert "note: the model was not trained on these images" in run("augment", *augment_flags(trained, folder, **other))
+    assert "trained on other images of" in run("augment", *augment_flags(trained, folder, **other))
     data.write_shards(f"{tmp_path}/other", images, labels, ["a", "b", "c"])
     assert "has classes ['a', 'b', 'c']" in fails("augment", *augment_flags(trained, folder, **other))
 

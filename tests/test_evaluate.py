@@ -113,6 +113,7 @@ def test_generator_saw_what_its_manifest_says(tmp_path):
     cases = [(None, range(20)), (made_with, part), (few, part[data.balanced(images[part], labels[part], 6, 0)])]
     cases += [(made_with | dict(init_from=made_with), part), (few | dict(init_from=made_with), ())]
     cases += [(made_with | dict(validation="other"), range(20)), (few | dict(validation="other"), ())]
+    cases += [(made_with | dict(val_fraction=0.01), range(20))]  # of these images that is none
     for trained_on, expected in cases:
         if trained_on:
             data.save_json(f"{tmp_path}/manifest.json", dict(complete=True, trained_on=trained_on))

@@ -216,7 +216,7 @@ def test_four_processes_of_two_hosts_equal_one(shards, tmp_path, run):
     assert status == 0 and "on 2 x cpu" in text and "steps 3 to 6" in text, text
     one, four = checkpoint(tmp_path / "1"), checkpoint(tmp_path / "4")
     assert all(torch.allclose(v, four["model"][k], atol=2e-5) for k, v in one["model"].items())
-    for key in ("train_loss", "val_loss", "val_quarters", "test_loss"):
+    for key in ("log_loss", "val_loss", "val_quarters", "test_loss"):
         np.testing.assert_allclose(four["history"][key], one["history"][key], rtol=1e-4)
     run("augment", *augment_flags(tmp_path / "4", tmp_path / "a"))
     status, text = torchrun(2, "augment", *augment_flags(tmp_path / "4", tmp_path / "b"), nnodes=2)
