@@ -6,8 +6,8 @@ python -m lab.gan --label_smoothing=0.1 --input_noise=0.1      two remedies agai
 python -m lab.gan --per_class=5000                             a larger synthetic set
 
 Writes config.json, log.json, grids from fixed noise and training.gif of them, both networks as gan.pt, and a synthetic
-set in out_dir/synthetic, as augment.py does. Stopped after gan.pt, the same command makes the set. For square images
-whose side can be halved to 4 or to an odd number, such as 32 and 28.
+set in out_dir/synthetic, as augment.py does. Stopped before its end, it starts again. For square images whose side can
+be halved to 4 or to an odd number, such as 32 and 28.
 """
 
 import math
@@ -115,14 +115,8 @@ class Discriminator(nn.Module):
 # settings, data, networks
 config, given = configure(globals())
 check(0 < ch <= 4096, f"ch: {ch} must be from 1 to 4096")
-path, networks = f"{out_dir}/gan.pt", None
 for name in ("ckpt.pt", "synthetic/classes.json"):  # the last is what this script writes last
     check(not os.path.exists(f"{out_dir}/{name}"), f"{out_dir} holds an earlier run: use another --out_dir")
-if os.path.exists(path):  # trained, but stopped before the set was written
-    networks = torch.load(path, map_location="cpu", weights_only=True)
-    free = ("out_dir", "data_dir", "device", "per_class")
-    changed = [key for key in config if key not in free and config[key] != networks["config"].get(key)]
-    check(not changed, f"{out_dir} holds an earlier run, of another {', '.join(changed)}: use another --out_dir")
 device, _, _ = runtime.setup_device(device, "float32", "False")
 runtime.lock_folder(out_dir)
 data.save_json(f"{out_dir}/config.json", dict(config=config, machine=runtime.machine(device)))
@@ -163,7 +157,7 @@ def generate(y, indices):
 history, frames = {"step": [], "d_loss": [], "g_loss": [], "d_real": [], "d_fake": []}, []
 grid_labels, start = torch.arange(min(10, max(1, K))).repeat_interleave(8), time.time()
 bce, ones = F.binary_cross_entropy_with_logits, torch.ones(batch_size, device=device)
-for step in range(1, max_iters + 1) if networks is None else ():
+for step in range(1, max_iters + 1):
     x, y = batches(step - 1)
     torch.manual_seed(seed_of(seed + 1, step - 1))
     z = torch.randn(batch_size, z_dim, device=device)
@@ -202,12 +196,9 @@ for step in range(1, max_iters + 1) if networks is None else ():
         frames[-1].save(f"{out_dir}/samples_{step:06d}.png")
 
 # The film of the grids, and the networks; at last the synthetic set, classes in turn, from other noise than the grids'.
-if networks is None:
-    frames[0].save(f"{out_dir}/training.gif", save_all=True, append_images=frames[1:], loop=0, duration=200)  # ms
-    networks = dict(generator=G.state_dict(), discriminator=D.state_dict(), config=config)
-    with runtime.atomic_write(path) as f:
-        torch.save(networks, f)
-G.load_state_dict(networks["generator"])
+frames[0].save(f"{out_dir}/training.gif", save_all=True, append_images=frames[1:], loop=0, duration=200)  # ms
+with runtime.atomic_write(f"{out_dir}/gan.pt") as f:
+    torch.save(dict(generator=G.state_dict(), discriminator=D.state_dict(), config=config), f)
 y, made, start = torch.arange(max(1, K)).repeat(per_class), [], time.time()
 for part in torch.arange(len(y)).split(500):
     made.append(generate(y[part], (part + 2**30).tolist()))

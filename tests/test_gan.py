@@ -81,18 +81,14 @@ def test_the_training_is_the_one_written_out_here(shards, tmp_path, monkeypatch)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "samples_000003.png")), np.asarray(grid))
 
 
-def test_stopped_before_its_set_it_goes_on_with_its_networks(shards, tmp_path, run, fails, monkeypatch):
+def test_stopped_before_its_set_it_starts_again(shards, tmp_path, run, fails, monkeypatch):
     run("gan", *gan_flags(shards, tmp_path / "whole"))
     with monkeypatch.context() as patch:
         patch.setattr(data, "write_shards", lambda *_: open(tmp_path / "no disk"))
         assert "no disk" in fails("gan", *gan_flags(shards, tmp_path / "cut"))
-    assert "an earlier run, of another lr:" in fails("gan", *gan_flags(shards, tmp_path / "cut", lr=1e-3))
     monkeypatch.setattr(time, "time", lambda: 1.0)  # nor does a clock matter that stands still
-    assert "D loss" not in run("gan", *gan_flags(shards, tmp_path / "cut"))
-    assert "D loss" in run("gan", *gan_flags(shards, tmp_path / "still"))
-    for name in ("cut", "still"):
-        assert contents(tmp_path / "whole" / "synthetic") == contents(tmp_path / name / "synthetic")
-    assert data.read_json(tmp_path / "cut" / "config.json")["config"]["ch"] == 4
+    run("gan", *gan_flags(shards, tmp_path / "cut"))
+    assert contents(tmp_path / "whole" / "synthetic") == contents(tmp_path / "cut" / "synthetic")
 
 
 @pytest.mark.parametrize("name,shape", (("fashion_mnist", (28, 28, 1)), ("cifar10", (32, 32, 3)), ("tiny", (8, 8, 3))))
