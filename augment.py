@@ -110,9 +110,9 @@ def start_of(indices):
 def open_folder():
     """Prepares the folder; returns the shards to make. Raises UserError if it holds a set of other settings."""
     runtime.lock_folder(folder)
-    other = os.path.exists(manifest) and not data.manifest_of(folder)
-    check(not other, f"{manifest} is of another program: use another --synthetic_dir")
-    shards, old = data.shard_files(folder), data.manifest_of(folder).get("settings", {})
+    shards, earlier = data.shard_files(folder), data.manifest_of(folder)
+    check(earlier or not os.path.exists(manifest), f"{manifest} is of another program: use another --synthetic_dir")
+    old = earlier.get("settings", {})
     if overwrite:
         for path in shards:  # cut off here, the manifest refuses what is left
             os.remove(path)

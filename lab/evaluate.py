@@ -172,7 +172,10 @@ def seen_by_generator(folder, images, labels):
     same = data.fingerprint(held_out) == trained_on.get("validation") and n_real <= len(training[0])
     if earlier != trained_on or (n_real and not same):
         return images[:0], None
-    return data.training_part(images, labels, (), share, n_real)[0] if same else (images, labels)
+    if not same:
+        return images, labels
+    chosen = data.balanced(*training, n_real, 0)  # as training_part does
+    return training[0][chosen], None if labels is None else training[1][chosen]
 
 
 def memorisation(images, X, train, test, n_train, path):
