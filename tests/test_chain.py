@@ -39,7 +39,7 @@ def test_the_quick_start_gives_the_class_asked_for_and_its_images_help(tmp_path)
     mlp = dict(hidden=128, batch_size=64, max_iters=600, warmup_iters=50, dropout=0, shift=0, hflip=False)
     compared = dict(n_real=200, seeds=3, arms="real,real+synthetic,real+real", dataset="shapes")
     here = dict(cwd=tmp_path, check=True)
-    finish("train", "config/shapes.py", *flags(sample_interval=0, max_iters=800), **here)
+    finish("train", "config/shapes.py", *flags(sample_interval=0, max_iters=500), **here)
     finish("augment", *flags(out_dir="out-shapes", per_class=100), **here)
     finish("classifier", *flags(out_dir="out-shapes", **compared, **mlp), **here)
     (net, real), y = shape_classifier(f"{tmp_path}/data"), torch.arange(200) % 10
@@ -52,5 +52,6 @@ def test_the_quick_start_gives_the_class_asked_for_and_its_images_help(tmp_path)
     control, _ = classifier.difference(of["real+real"], of["real"])
     print(f"\nreal {real:.1%}, as asked {asked:.1%}, fresh {untrained:.1%}; {gain:+.2f} ± {half:.2f}, {control:+.2f}")
     assert real >= 0.99 and untrained < 0.2
-    # Four standard errors below what was measured: 94.0% of 200 images, and +10.8 points with an error of 1.0.
-    assert asked >= 0.873 and gain > 6.7 and gain > 3 * abs(control)
+    # Four standard errors below what was measured: 96.0% of 200 images, and +12.4 points with an error of 0.55 over the
+    # seeds, here 1.0, since another machine trains another generator.
+    assert asked >= 0.904 and gain > 8.4 and gain > 3 * abs(control)
