@@ -52,6 +52,6 @@ def test_the_quick_start_gives_the_class_asked_for_and_its_images_help(tmp_path)
     control, _ = classifier.difference(of["real+real"], of["real"])
     print(f"\nreal {real:.1%}, as asked {asked:.1%}, fresh {untrained:.1%}; {gain:+.2f} ± {half:.2f}, {control:+.2f}")
     assert real >= 0.99 and untrained < 0.2
-    # Four standard errors below what was measured: 96.0% of 200 images, and +12.4 points with an error of 0.55 over the
-    # seeds, here 1.0, since another machine trains another generator.
+    # Four standard errors below what was measured: 96.0% of 200 images, and +12.4 points, with an error over the seeds
+    # of 0.55, taken as 1.0, since each machine trains another generator.
     assert asked >= 0.904 and gain > 8.4 and gain > 3 * abs(control)
