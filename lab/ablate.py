@@ -300,7 +300,8 @@ def main():
         same = r.get("key") == keys.get(r["title"])
         check(same, f"{path}.json: {r['title']!r} was made with other settings: use another --results_dir")
     told = {key: value for key, value in given.items() if not key.endswith("dir")}
-    content |= dict(study=study, command=" ".join(["python -m lab.ablate", name, *flags(**told)]))
+    commands = [content.get("command"), " ".join(["python -m lab.ablate", name, *flags(**told)])]
+    content |= dict(study=study, command="; ".join(dict.fromkeys(filter(None, commands))))
 
     done = {(r["title"], r["seed"]) for r in content["runs"]}
     todo, start = [cell for cell in plan if (cell["title"], cell["seed"]) not in done], time.time()
@@ -314,7 +315,7 @@ def main():
         kd = ", ".join(f"KD {1000 * result['kd']:.2f}" for result in results)
         print(f"{i:3d} of {len(todo)}  {cell['title']}, seed {cell['seed']}: {kd}; {left} left", flush=True)
     write_image([cell for cell in plan if cell["seed"] == seed], f"{path}.png")
-    print(f"wrote {path}.json, {path}.md and {path}.png")
+    print(f"wrote {path}.json, {path}.md" + f" and {path}.png" * os.path.exists(f"{path}.png"))
 
 
 if __name__ == "__main__":

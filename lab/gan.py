@@ -119,7 +119,6 @@ for name in ("ckpt.pt", "synthetic/classes.json"):  # the last is what this scri
     check(not os.path.exists(f"{out_dir}/{name}"), f"{out_dir} holds an earlier run: use another --out_dir")
 device, _, _ = runtime.setup_device(device, "float32", "False")
 runtime.lock_folder(out_dir)
-data.save_json(f"{out_dir}/config.json", dict(config=config, machine=runtime.machine(device)))
 
 (images, labels), _, names = data.load_splits(dataset, data_dir, image_size, classes)
 (images, labels), _ = data.training_part(images, labels, names, val_fraction)
@@ -128,16 +127,15 @@ if not conditional or labels is None:
 K, size, channels = 0 if labels is None else len(names), *images.shape[2:]
 check(side_and_widths(size)[1], f"image_size: {size} cannot be halved down to 4 or an odd number")
 batches = data.Batches(images, labels, batch_size, seed, hflip, device=device)
+data.save_json(f"{out_dir}/config.json", dict(config=config, machine=runtime.machine(device)))
 
 torch.manual_seed(seed)
 G, D = (kind(size, channels, K).apply(init_dcgan).to(device) for kind in (Generator, Discriminator))
 G_optimizer, D_optimizer = (torch.optim.Adam(net.parameters(), lr=lr, betas=(beta1, 0.999)) for net in (G, D))
 G_size, D_size = (f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f}M" for net in (G, D))
-counts = [f"{name} {(labels == k).sum()}" for k, name in enumerate(names if K else ())]
 print(
     f"generator {G_size}, discriminator {D_size} parameters on {device}; {len(images)} training images of "
-    f"{(channels, size, size)}, {K or 'no'} classes; {max_iters} steps, batch {batch_size}"
-    f"{'; images of ' * bool(K)}{', '.join(counts[:10])}{', …' * (K > 10)}",
+    f"{(channels, size, size)}, {K or 'no'} classes; {max_iters} steps, batch {batch_size}",
     flush=True,
 )
 
@@ -199,9 +197,7 @@ for step in range(1, max_iters + 1):
 frames[0].save(f"{out_dir}/training.gif", save_all=True, append_images=frames[1:], loop=0, duration=200)  # ms
 with runtime.atomic_write(f"{out_dir}/gan.pt") as f:
     torch.save(dict(generator=G.state_dict(), discriminator=D.state_dict(), config=config), f)
-y, made, start = torch.arange(max(1, K)).repeat(per_class), [], time.time()
-for part in torch.arange(len(y)).split(500):
-    made.append(generate(y[part], (part + 2**30).tolist()))
-    runtime.progress("synthetic", (int(part[-1]) + 1) / len(y), start)
+y = torch.arange(max(1, K)).repeat(per_class)
+made = [generate(y[part], (part + 2**30).tolist()) for part in torch.arange(len(y)).split(500)]
 data.write_shards(f"{out_dir}/synthetic", torch.cat(made).numpy(), y.numpy() if names else None, names)
 print(f"{len(y)} images in {out_dir}/synthetic; {out_dir}/training.gif shows the same noise over training")
