@@ -62,7 +62,7 @@ if w <= -1:  # the network saw no labels, or was pushed away from them
     names = []
 sampling = dict(w=w, interval=list(interval) if w > 0 else [], seed=seed, sampler=sampler, steps=steps, eta=eta)
 model.check_sampling(torch.tensor(labels) if model.K else None, **{k: v for k, v in sampling.items() if k != "seed"})
-weights = hashlib.sha256(repr(model.config).encode())
+weights = hashlib.sha256(repr((model.config, model.betas)).encode())
 for p in model.state_dict().values():
     weights.update(p.cpu().numpy().tobytes())
 each = max(1, shard_size // C)  # images of every class in a shard, the classes in turn; the last shard has fewer
@@ -164,5 +164,4 @@ if rank == 0:
     preview = preview.reshape(columns, C, *model.shape[1:], -1).swapaxes(0, 1).reshape(preview.shape)
     data.tile(preview, columns, [names[k] for k in labels if names]).save(f"{folder}/preview.png")
     print(f"{per_class * C} images in {folder}; see {folder}/preview.png")
-if world > 1:
-    runtime.leave_processes()
+runtime.leave_processes()

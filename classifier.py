@@ -250,11 +250,6 @@ def recall(k):
     return lambda run: run["confusion"][k][k] / max(1, sum(run["confusion"][k]))
 
 
-def accuracy_text(runs):
-    mean, error, _ = mean_and_error([100 * run["test"] for run in runs])
-    return f"{mean:.2f}" + ("" if error is None else f" ± {error:.2f}") + " %"
-
-
 def change_text(mean, half):
     return f"{mean:+.2f} points" + ("" if half is None else f", 95% interval [{mean - half:+.2f}, {mean + half:+.2f}]")
 
@@ -289,8 +284,10 @@ def report(runs, names):
     others = [arm for arm in runs if arm != "real" and "real" in runs]
     print(f"\n{'arm':<16} test accuracy    minus real, paired by seed")
     for arm in runs:
+        mean, error, _ = mean_and_error([100 * run["test"] for run in runs[arm]])
+        accuracy = f"{mean:.2f}" + ("" if error is None else f" ± {error:.2f}") + " %"
         change = change_text(*difference(runs[arm], runs["real"])) if arm in others else ""
-        print(f"{arm:<16} {accuracy_text(runs[arm]):<16} {change}")
+        print(f"{arm:<16} {accuracy:<16} {change}")
     for arm in others:
         print(f"\n{arm} minus real by class")
         for k, name in enumerate(names):

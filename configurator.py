@@ -69,13 +69,19 @@ def run_config(path, keys=()):
         raise UserError(f"config file {path}: {type(e).__name__}: {e}") from None
 
 
-def check_number(where, key, value, optional):
-    """Raises UserError for a number out of the range of its key, or a tuple of them."""
-    low, high = -(2**32) if optional else 0, 1 if key in SHARES else 2**20 if key in SIZES else 2**32
-    for number in value if type(value) is tuple else (value,):
+def checked(where, key, value, default):
+    """A setting's value, or its text, as the type of its default. Raises UserError for another type or out of range."""
+    kind = float if default is None else type(default)
+    try:
+        value = None if default is None and value in (None, "None") else convert(value, kind)
+    except Exception:  # whatever literal_eval or int() raises
+        raise UserError(f"{where}: {key} is not of type {kind.__name__} (default {default!r})") from None
+    low, high = -(2**32) if default is None else 0, 1 if key in SHARES else 2**20 if key in SIZES else 2**32
+    for number in value if kind is tuple else [value] * (type(value) in (int, float)):
         inside = type(number) in (int, float) and low <= number < high  # NaN is not
         inside = inside and (number > 0 or key not in POSITIVE)
         check(inside, f"{where}: {key} must be {'above' if key in POSITIVE else 'at least'} {low} and below {high}")
+    return value
 
 
 def configure(namespace, also=None):
@@ -103,15 +109,7 @@ def configure(namespace, also=None):
             near = difflib.get_close_matches(key, block, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"
             check(key in block, f"{arg}: unknown key {key!r}: {hint}")
-            default = block[key][0]
-            kind = float if default is None else type(default)
-            try:
-                none = default is None and value in (None, "None")
-                given[key] = None if none else convert(value, kind)
-            except Exception:  # whatever literal_eval or int() raises
-                raise UserError(f"{arg}: {key} is not of type {kind.__name__} (default {default!r})") from None
-            if type(given[key]) in (int, float, tuple):
-                check_number(arg, key, given[key], optional=default is None)
+            given[key] = checked(arg, key, value, block[key][0])
     config = {key: default for key, (default, _) in block.items()} | given
     namespace.update(config)
     return config, given

@@ -72,8 +72,7 @@ def load_array(path):
 
 def file_hash(path):
     """SHA-256 of a file, in hex."""
-    with open(path, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()
+    return fingerprint(np.fromfile(path, np.uint8))
 
 
 def fingerprint(images):
@@ -262,16 +261,13 @@ def list_images(folder):
     names = [name for name in folders if found[name]]
     check(len(names) <= 256, f"{folder} has {len(names)} classes, but a shard holds at most 256")
     listed = [(path, k) for k, name in enumerate(names) for path in found[name]]
-    inner = {part for path, _ in listed for part in os.path.relpath(path, folder).split(os.sep)[1:-1]}
-    kinds, inner_kinds = ({n: m[2].lower() for n in group if (m := SPLIT.fullmatch(n))} for group in (names, inner))
-    mixed = len(kinds) == len(names) or len(set(kinds.values())) > 1  # a class may be called train
-    splits = [*kinds] * mixed + [n for n, kind in inner_kinds.items() if kind != "train" or len(names) == 1]
+    parts = {part for path, _ in listed for part in os.path.relpath(path, folder).split(os.sep)[:-1]}
+    kinds = {part: m[2].lower() for part in parts if (m := SPLIT.fullmatch(part))}
+    fine = not kinds or (set(kinds.values()) == {"train"} and len(kinds) < len(names))  # a class may be called train
     advice = "call them train and test, and put the classes inside"
-    check(not splits, f"{folder}: {', '.join(sorted(splits))} look like splits, not like classes: {advice}")
+    check(fine, f"{folder}: {', '.join(sorted(kinds))} look like splits, not like classes: {advice}")
     listed = listed or [(path, None) for path in image_paths(folder)]
     check(listed, f"no images ({' '.join(IMAGE_TYPES)}) in {folder} or its sub-folders, and no images_*.npy")
-    for path, _ in listed:
-        check(os.path.isfile(path), f"{path} is not a readable image (no file, or a link to none)")
     return listed, names
 
 

@@ -23,7 +23,6 @@ Notation, as in the papers:
 """
 
 import math
-import operator
 import os
 import warnings
 import zipfile
@@ -83,18 +82,12 @@ class DDPMConfig:
     p_uncond: float = 0.1  # probability of dropping a label in training
 
     def __post_init__(self):
-        kinds = {int: (operator.index, "a whole number"), float: (float, "a number"), str: (str, "a text")}
         for f in fields(self):
-            value, (kind, what) = getattr(self, f.name), kinds.get(f.type, (tuple, "a tuple of whole numbers"))
-            try:  # NumPy's numbers become Python's
-                new = kind(value)
-                if kind is tuple:
-                    new = tuple(map(str if f.name == "class_names" else operator.index, new))
-            except (TypeError, ValueError):
-                new = None
-            wrong = new is None or isinstance(value, bool) or (kind is tuple and isinstance(value, str))
-            check(not wrong, f"{f.name}: {value!r} is not {what}")
-            setattr(self, f.name, new)
+            value = getattr(self, f.name)
+            value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's numbers become Python's
+            value = f.type(value) if (type(value), f.type) in ((int, float), (list, tuple)) else value
+            check(type(value) is f.type, f"{f.name}: {value!r} is not of type {f.type.__name__}")
+            setattr(self, f.name, value)
         choices = dict(arch=ARCHS, schedule=SCHEDULES, objective=OBJECTIVES, loss=LOSSES, weighting=WEIGHTINGS)
         for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed)
@@ -102,7 +95,7 @@ class DDPMConfig:
         for name, limit in (most | dict(num_classes=2**20)).items():
             value, least = getattr(self, name), 0 if name == "num_classes" else 1
             check(least <= value <= limit, f"{name}: {value} is not a whole number from {least} to {limit}")
-        whole = self.ch_mult and all(0 < m <= 64 for m in self.ch_mult)
+        whole = self.ch_mult and all(type(m) is int and 0 < m <= 64 for m in self.ch_mult)
         check(whole, f"ch_mult: {self.ch_mult} must be whole numbers from 1 to 64")
         check(self.ch % 2 == 0, f"ch: {self.ch} must be even")
         for name in ("dropout", "p_uncond"):
@@ -144,8 +137,6 @@ def make_betas(schedule: str, T: int, beta_start: float, beta_end: float) -> Ten
         z = torch.special.ndtri((torch.arange(T, dtype=torch.float64) + 0.5) / T)
         abar = torch.sigmoid(-2 * (1.2 * z - 0.6))  # 1 / (1 + sigma^2)
         betas = 1 - abar / F.pad(abar[:-1], (1, 0), value=1)
-    else:
-        raise NotImplementedError(schedule)
     return betas
 
 
@@ -165,8 +156,6 @@ def loss_weights(weighting, objective, betas, abar):
         eps_weight = snr.clamp(max=5) / snr
     elif weighting == "v":
         eps_weight = (snr.clamp(max=5) + 1) / snr
-    else:
-        raise NotImplementedError(weighting)
     return eps_weight * {"eps": 1.0, "x0": snr, "v": abar}[objective]
 
 
@@ -476,7 +465,6 @@ class DDPM(nn.Module):
             return a * xt - s * out, s * xt + a * out
         if self.config.objective == "x0":
             return out, (xt - a * out) / s
-        raise NotImplementedError(self.config.objective)
 
     def network(self, xt, t, y):
         """The network's output in xt's dtype, (B, C, H, W). y None: the null label for all."""
@@ -697,9 +685,14 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float, kind: str =
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float):
-    """Moves the averaged weights towards the model's, faster in the first steps: the random start is soon forgotten."""
+    """Moves the averaged weights towards the model's, faster in the first steps: the random start is soon forgotten.
+
+    Buffers, such as a BatchNorm's in a network of your own, are copied.
+    """
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    for averaged, buffer in zip(ema.buffers(), model.buffers()):
+        averaged.copy_(buffer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -725,13 +718,11 @@ def load_checkpoint(path: str) -> dict:
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
         checkpoint = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        whole = {"model_args", "ema", "step"} <= checkpoint.keys()
     except (PermissionError, MemoryError):
         raise
     except Exception:  # a damaged file can raise anything
-        checkpoint = {}
-    weights = isinstance(checkpoint, dict) and checkpoint and all(map(torch.is_tensor, checkpoint.values()))
-    check(not weights, f"{path} holds only a state_dict, the weights alone: write it with save_model")
-    whole = isinstance(checkpoint, dict) and {"model_args", "ema", "step"} <= checkpoint.keys()
+        whole = False
     check(whole, f"checkpoint {path} is damaged or not of save_model")
     return checkpoint
 

@@ -111,10 +111,11 @@ def rank_0_first(rank, world):
 
 def leave_processes():
     """Ends a process of torchrun that has succeeded, after the others, before a thread of gloo can abort it."""
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def catch_signals():

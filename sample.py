@@ -17,9 +17,9 @@ import torch
 from PIL.PngImagePlugin import PngInfo
 
 import runtime
-from configurator import configure, convert
+from configurator import checked, configure
 from data import class_ids, tile
-from ddpm import UserError, check, check_choice, image_noise, make_generator, to_uint8
+from ddpm import check, check_choice, image_noise, make_generator, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = "out"  # the checkpoint is here, and the images go here
@@ -44,9 +44,8 @@ device = "auto"  # cuda, mps, cpu
 dtype = "float32"  # bfloat16, float16, or auto: the fastest here
 # ---------------------------------------------------------------------------------------------------------------------
 config, _ = configure(globals())
-COMPARED = {"w": float, "guidance_scale": float, "sampler": str, "steps": int, "eta": float, "ema": bool, "seed": int}
+COMPARED = {"w": None, "guidance_scale": None, "sampler": "", "steps": 0, "eta": 0.0, "ema": True, "seed": 0}
 device, amp_dtype, _ = runtime.setup_device(device, dtype, "False")
-check(os.path.basename(name) == name, f"name: {name} must be a file name without a folder")
 check(not (gif and (rows or columns)), "gif cannot be combined with rows or columns")
 
 
@@ -62,10 +61,7 @@ def values_of(text):
         return [("", {})]
     key, _, values = text.partition("=")
     check_choice("rows or columns", key, COMPARED)
-    try:
-        return [(f"{key}={value}", {key: convert(value, COMPARED[key])}) for value in values.split(",")]
-    except Exception:
-        raise UserError(f"{text}: {key} takes values of type {COMPARED[key].__name__}") from None
+    return [(f"{key}={v}", {key: checked(text, key, v, COMPARED[key])}) for v in values.split(",")]
 
 
 def sample(changes, title, frames=None):

@@ -87,7 +87,7 @@ if resume or fine_tune:
     check(fine_tune or whole, f"{checkpoint_path} {advice}")
     saved = checkpoint["config"] if resume else checkpoint["model_args"]
     kept = saved.keys() & config.keys() - {"out_dir", "init_from", "device", "use_compile", *given}
-    fixed = ("batch_size", "seed", "optimizer") if resume else ()
+    fixed = ("batch_size", "seed", "optimizer", "weight_decay") if resume else ()
     changed = [key for key in fixed if key in given and given[key] != saved.get(key)]
     check(not changed, f"resume: {', '.join(changed)} cannot change: start a new run, or fine-tune the checkpoint")
     config |= {key: saved[key] for key in kept}
@@ -142,12 +142,8 @@ if checkpoint:
     changed = [f"{k}: checkpoint {old[k]!r}, now {new[k]!r}" for k in new if old[k] != new[k] and k not in free]
     check(not changed, f"{init_from}: these cannot change: {'; '.join(changed)}")
 if fine_tune:  # from the averaged weights; other classes get new embeddings
-    weights = checkpoint["ema"].get("shadow", checkpoint["ema"])
-    same = old["class_names"] == new["class_names"]
-    kept = {k: v for k, v in weights.items() if same or "condition.label" not in k}
-    found = model.load_state_dict(kept, strict=False)
-    other = [k for k in found.missing_keys + found.unexpected_keys if "condition.label" not in k]
-    check(not other, f"{init_from} is of another network")
+    weights, same = ddpm.load_model(init_from)[0].state_dict(), old["class_names"] == new["class_names"]
+    model.load_state_dict({k: v for k, v in weights.items() if same or "condition.label" not in k}, strict=False)
     trained_on["init_from"] = checkpoint.get("trained_on", {})
 ema = copy.deepcopy(model).eval().requires_grad_(False)
 optimizer = ddpm.make_optimizer(model, lr, weight_decay, optimizer)
@@ -165,8 +161,6 @@ if resume:
         part.load_state_dict(checkpoint[name])
     if checkpoint["scaler"]:  # empty unless that was float16
         scaler.load_state_dict(checkpoint["scaler"])
-    for group in optimizer.param_groups[:-1]:  # but the vectors: load_state_dict restored the old one
-        group["weight_decay"] = weight_decay
 del checkpoint
 if use_compile:
     model.net.compile(**use_compile)  # in place: parameter names stay those of the plain module
@@ -186,21 +180,18 @@ if rank == 0:  # after every refusal: the settings of an earlier run stay
 def evaluate(images, labels):
     """The loss of the averaged weights on at most eval_images, and its four parts by quarter of t.
 
-    An image has the same t and noise every time, in every run. Every process calls it: they take the batches in turn.
+    An image has the same t and noise every time, in every run.
     """
     sums, size = torch.zeros(4, 2, device=device), min(batch_size, 250)  # sum and count by quarter
     n = min(eval_images, len(images))
-    for i, start in enumerate(range(0, n, size)):
-        if i % world == rank:
-            part = slice(start, min(start + size, n))
-            draws = [model.random_t_eps(1, ddpm.make_generator(0, 2**29 + k)) for k in range(start, part.stop)]
-            t, eps = map(torch.cat, zip(*draws))
-            x0, t, eps = ddpm.to_float(torch.tensor(images[part]).to(device)), t.to(device), eps.to(device)
-            y = None if labels is None else torch.from_numpy(labels[part]).to(device)
-            losses = ema(x0, y, t, eps)
-            sums.index_add_(0, t * 4 // model.T, torch.stack([losses, torch.ones_like(losses)], dim=1))
-    if world > 1:
-        dist.all_reduce(sums)
+    for start in range(0, n, size):
+        part = slice(start, min(start + size, n))
+        draws = [model.random_t_eps(1, ddpm.make_generator(0, 2**29 + k)) for k in range(start, part.stop)]
+        t, eps = map(torch.cat, zip(*draws))
+        x0, t, eps = ddpm.to_float(torch.tensor(images[part]).to(device)), t.to(device), eps.to(device)
+        y = None if labels is None else torch.from_numpy(labels[part]).to(device)
+        losses = ema(x0, y, t, eps)
+        sums.index_add_(0, t * 4 // model.T, torch.stack([losses, torch.ones_like(losses)], dim=1))
     total = sums.sum(dim=0)
     return (total[0] / total[1]).item(), (sums[:, 0] / sums[:, 1]).tolist()
 
@@ -262,8 +253,7 @@ while step < max_iters and not stopped:
     stopped = bool(signals)  # read once a step: a step after which the loop ends is always saved
     evaluates = step % eval_interval == 0 or step == max_iters
     waited = time.time() - saved_time
-    late = world == 1 and waited > 600  # log lines are so far apart that one more is needed
-    if evaluates or stopped or late or step % log_interval == 0 or step == 1:
+    if evaluates or stopped or step % log_interval == 0 or step == 1:
         if world > 1:
             dist.all_reduce(log_sums)
         loss, norm = (log_sums[0] / log_sums[1]).item(), norm.item()
@@ -314,5 +304,4 @@ if step < max_iters:
     log(f"stopped at step {step} of {max_iters}: `python train.py --init_from=resume --out_dir={out_dir}` continues")
 else:
     log(f"done: `python sample.py --out_dir={out_dir}` samples from {checkpoint_path}")
-if world > 1:
-    runtime.leave_processes()
+runtime.leave_processes()

@@ -2,23 +2,17 @@
 
 import os
 import re
-import runpy
 import shlex
 import signal
 import sys
 import time
 
 import pytest
-import torch
 from conftest import TIMEOUT, path_of, start
 
 import data
 from configurator import run_config, settings_in
-from ddpm import load_model, to_uint8
 from lab import ablate
-from runtime import setup_device
-
-STUDIES = "schedules linear_cosine weighting objective timesteps sizes ema_guidance conditional gan mistuned".split()
 
 
 def planned(run, *words):
@@ -28,7 +22,7 @@ def planned(run, *words):
     return [(cell, script, dict(re.findall(r"--(\w+)=(.*)", "\n".join(shlex.split(s))))) for cell, script, s in parts]
 
 
-@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.parametrize("study", ablate.STUDIES)
 def test_dry_run_lists_every_command_with_settings_that_exist(study, run):
     cells = dict(schedules=12, gan=8, mistuned=10, sizes=5, ema_guidance=4, timesteps=4, linear_cosine=2).get(study, 3)
     scripts = {}
@@ -67,27 +61,6 @@ def test_a_cells_settings_reach_the_script_that_has_them(run):
     assert cats["classes"] == both["classes"] == "cat" and cats["samples"] != both["samples"]
 
 
-def test_seeds_and_sampling_settings_reach_the_samples(shards, tmp_path, run, monkeypatch):
-    monkeypatch.setattr(ablate, "work_dir", str(tmp_path))
-    monkeypatch.setattr(ablate, "device", "cpu")
-    base = dict(dataset=f"{shards}/shapes", max_iters=2, warmup_iters=0, lr=0.02, ch=8, batch_size=4, timesteps=20)
-    cells = dict(plain={}, other=dict(w=3.0, interval=(), sampler="ddim", steps=4, eta=0.5, ema=False))
-    study = dict(config="config/shapes.py", base=base | dict(sample_interval=0), n=(20,), cells=cells)
-    usual = dict(w=1.0, interval=(0.25, 4.0), sampler="dpm++", steps=10, eta=0.0)  # augment.py's
-    weights, y, amp_dtype = {}, torch.arange(10).repeat(2), setup_device("cpu")[1]
-    for title, seed in (("plain", 0), ("other", 0), ("plain", 1)):
-        cell = ablate.make_cell(study, title, seed)
-        for command in ([] if seed in weights else [cell["train"]]) + cell["measure"][:1]:
-            run(*command)
-        how = usual | cells[title]
-        model, content = load_model(f"{cell['model_dir']}/ckpt.pt", how.pop("ema", True), "cpu", amp_dtype)
-        weights[seed] = content["model"]["net.stem.weight"]
-        images, labels, _ = data.read_shards(cell["samples"])
-        expected = to_uint8(model.sample(y, seed=0, **how)).numpy().astype(int)
-        assert labels.tolist() == y.tolist() and abs(images - expected).max() <= 1  # rounding
-    assert not torch.allclose(weights[0], weights[1], atol=0.05)
-
-
 def test_the_table():
     scores = dict(fd=None, precision=0.5, recall=0.25, images=640, val_loss=0.1, n=100, machine="here")
     real = dict(n=100, kd=-0.001)
@@ -95,7 +68,7 @@ def test_the_table():
     runs.append(scores | dict(title="b", seed=0, kd=0.01, real=real, classes="cat,frog"))
     runs.append(scores | dict(title="c", seed=0, kd=0.01, real=dict(n=50, kd=-0.002), classes="frog", machine="there"))
     content = dict(study=dict(config="config/shapes.py", loss=True), command="a command", runs=runs)
-    text = runpy.run_path(path_of("ablate"))["table"]("mistuned", content)
+    text = ablate.table("mistuned", content)
     assert text.startswith("`a command`, config/shapes.py; here; there.\n")
     assert "| a | 2 | 100 | 640 |  | 15.00 ± 5.00 | 0.500 ± 0.000 | 0.250 ± 0.000 | 0.1000 ± 0.0000 |" in text
     assert all(f"| real images {classes} |  | 100 |  |  | -1.00 |" in text for classes in ("cat", "cat,frog"))

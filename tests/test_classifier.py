@@ -216,7 +216,6 @@ def test_comparison_writes_what_it_says(shards, synthetic, tmp_path, run, fails)
     assert kept == [2, 1]
     more = classifier_flags(shards, tmp_path, synthetic, seeds=1, n_synthetic=22)  # there are 21
     assert "54 real and 0 synthetic training images" in run("classifier", *more, "--arms=real")
-    assert "n_synthetic: 22, but there are 21" in fails("classifier", *more)
 
 
 def test_test_images_choose_nothing(shards, tmp_path, run):

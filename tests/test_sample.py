@@ -84,7 +84,6 @@ def test_pretrained_weights_are_taken_only_in_place_of_out(tmp_path, run, fails,
     assert (tmp_path / "out/sample.png").exists()
     for other in ("other/out", "out/../other", "out-shapes"):
         assert "no checkpoint" in fails("sample", *flags(out_dir=other, **small)) and not (tmp_path / other).exists()
-    assert "only averaged weights" in fails("sample", *flags(ema=False, **small))
 
 
 def test_a_model_without_a_null_label_is_not_guided(shards, tmp_path, run, fails):

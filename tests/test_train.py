@@ -143,11 +143,6 @@ def test_every_config_runs(name, shards, tmp_path, run):
     small |= dict(dataset=f"{shards}/cifar10") if name == "folder.py" else {}
     run("train", f"config/{name}", *flags(**small))
     assert len(data.read_json(tmp_path / "out" / "log.json")["val_loss"]) == 1
-    if name == "cats_frogs.py":  # its second command
-        small |= dict(out_dir=tmp_path / "cats", classes="cat", conditional=False, sample_interval=1)
-        run("train", f"config/{name}", *flags(**small))
-        assert checkpoint(tmp_path / "cats")["model_args"]["num_classes"] == 0
-        run("sample", *flags(out_dir=tmp_path / "cats", steps=2, num_samples=3, device="cpu"))
 
 
 def test_the_default_recipe_is_that_of_cifar_linear_and_has_38_million_parameters():
@@ -197,7 +192,7 @@ def test_n_real_trains_on_the_images_that_the_classifier_takes(shards, tmp_path,
         assert "9 training and 6 validation images" in text
         assert checkpoint(out_dir)["trained_on"]["training"] == data.fingerprint(taken)
     assert "not the images that" in fails("train", *resume(tmp_path / "True", n_real=12))
-    for key, value in dict(batch_size=4, seed=4, optimizer="muon").items():
+    for key, value in dict(batch_size=4, seed=4, optimizer="muon", weight_decay=1).items():
         assert f"resume: {key} cannot change" in fails("train", *resume(tmp_path / "True", **{key: value}))
     assert data.read_json(tmp_path / "True" / "config.json")["config"]["n_real"] == 9  # what is refused changes nothing
 
@@ -231,8 +226,6 @@ def test_a_model_is_fine_tuned_on_other_classes(shards, trained, tmp_path, run, 
         old = start["net.condition.label.weight"][: len(new)]
         assert len(new) == 1 + len(classes.split(",") if classes else "abc")
         assert not classes or abs(torch.corrcoef(torch.stack([old.flatten(), new.flatten()]))[0, 1]) < 0.3
-    assert "holds an earlier run" in fails("train", *flags(**settings | dict(out_dir=trained)))
-    assert same(start, checkpoint(trained)["ema"])
     settings |= dict(out_dir=tmp_path / "refused")
     assert "ch: checkpoint 8, now 16" in fails("train", *flags(**settings, ch=16))
     data.write_shards(f"{tmp_path}/grey", np.zeros((40, 8, 8, 1)), None, [])
@@ -342,4 +335,4 @@ def test_fine_tuning_keeps_the_betas_and_needs_the_same_network(shards, trained,
     run("train", *how, f"--init_from={tmp_path}/betas.pt")
     assert checkpoint(tmp_path / "out")["betas"] == betas.tolist()
     other = f"--init_from={tmp_path}/other.pt", f"--out_dir={tmp_path}/b"
-    assert "is of another network" in fails("train", *how, *other)
+    assert "another version or another network" in fails("train", *how, *other)
