@@ -62,7 +62,7 @@ if w <= -1:  # the network saw no labels, or was pushed away from them
     names = []
 sampling = dict(w=w, interval=list(interval) if w > 0 else [], seed=seed, sampler=sampler, steps=steps, eta=eta)
 model.check_sampling(torch.tensor(labels) if model.K else None, **{k: v for k, v in sampling.items() if k != "seed"})
-weights = hashlib.sha256(repr((model.config, model.betas)).encode())
+weights = hashlib.sha256(repr((model.config, saved.get("betas"))).encode())
 for p in model.state_dict().values():
     weights.update(p.cpu().numpy().tobytes())
 each = max(1, shard_size // C)  # images of every class in a shard, the classes in turn; the last shard has fewer

@@ -226,7 +226,8 @@ def image_paths(folder):
     found = []
     for root, folders, names in os.walk(folder, onerror=lambda e: check(False, e)):
         folders[:] = [d for d in folders if not d.startswith(".")]
-        found += [f"{root}/{n}" for n in names if not n.startswith(".") and n.lower().endswith(IMAGE_TYPES)]
+        shown = [n for n in names if not n.startswith(".") and n.lower().endswith(IMAGE_TYPES)]
+        found += [f"{root}/{n}" for n in shown if os.path.isfile(f"{root}/{n}")]
     return sorted(found)
 
 
@@ -264,7 +265,7 @@ def list_images(folder):
     parts = {part for path, _ in listed for part in os.path.relpath(path, folder).split(os.sep)[:-1]}
     kinds = {part: m[2].lower() for part in parts if (m := SPLIT.fullmatch(part))}
     fine = not kinds or (set(kinds.values()) == {"train"} and len(kinds) < len(names))  # a class may be called train
-    advice = "call them train and test, and put the classes inside"
+    advice = "call them train and test, and put the classes inside; rename a class of such a name"
     check(fine, f"{folder}: {', '.join(sorted(kinds))} look like splits, not like classes: {advice}")
     listed = listed or [(path, None) for path in image_paths(folder)]
     check(listed, f"no images ({' '.join(IMAGE_TYPES)}) in {folder} or its sub-folders, and no images_*.npy")

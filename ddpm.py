@@ -85,9 +85,12 @@ class DDPMConfig:
         for f in fields(self):
             value = getattr(self, f.name)
             value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's numbers become Python's
-            value = f.type(value) if (type(value), f.type) in ((int, float), (list, tuple)) else value
+            if isinstance(value, (list, tuple)):
+                value = tuple(v.tolist() if hasattr(v, "tolist") else v for v in value)
+            value = float(value) if (type(value), f.type) == (int, float) else value
             check(type(value) is f.type, f"{f.name}: {value!r} is not of type {f.type.__name__}")
             setattr(self, f.name, value)
+        self.class_names = tuple(map(str, self.class_names))
         choices = dict(arch=ARCHS, schedule=SCHEDULES, objective=OBJECTIVES, loss=LOSSES, weighting=WEIGHTINGS)
         for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed)

@@ -111,7 +111,7 @@ def rank_0_first(rank, world):
 
 def leave_processes():
     """Ends a process of torchrun that has succeeded, after the others, before a thread of gloo can abort it."""
-    if dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
         sys.stdout.flush()

@@ -46,6 +46,7 @@ dtype = "float32"  # bfloat16, float16, or auto: the fastest here
 config, _ = configure(globals())
 COMPARED = {"w": None, "guidance_scale": None, "sampler": "", "steps": 0, "eta": 0.0, "ema": True, "seed": 0}
 device, amp_dtype, _ = runtime.setup_device(device, dtype, "False")
+check(os.path.basename(name) == name, f"name: {name} must be a file name without a folder")
 check(not (gif and (rows or columns)), "gif cannot be combined with rows or columns")
 
 

@@ -267,10 +267,11 @@ def table(name, content):
 
 
 def write_image(cells, path):
-    """A row of ten images per cell. Not if work_dir no longer has the samples of all."""
+    """A row of ten images per cell; returns False if work_dir no longer has the samples of all."""
     paths = [f"{cell['samples']}/images_00000.npy" for cell in cells]
-    if all(map(os.path.exists, paths)):
+    if there := all(map(os.path.exists, paths)):
         tile(np.concatenate([load_array(p)[:10] for p in paths]), 10, [cell["title"] for cell in cells]).save(path)
+    return there
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,7 +281,6 @@ def main():
     name = sys.argv.pop(1) if sys.argv[1:] and not sys.argv[1].startswith("-") else ""
     config, given = configure(globals())
     check_choice("ablate STUDY", name, tuple(STUDIES))
-    check(seeds <= 100, f"seeds: {seeds}, at most 100")
     study = STUDIES[name] | dict(n=[n] if n else list(STUDIES[name]["n"]))
     plan = [make_cell(study, title, k) for k in range(seed, seed + seeds) for title in study["cells"]]
     trainings = len({cell["model_dir"] for cell in plan})
@@ -300,7 +300,7 @@ def main():
         same = r.get("key") == keys.get(r["title"])
         check(same, f"{path}.json: {r['title']!r} was made with other settings: use another --results_dir")
     told = {key: value for key, value in given.items() if not key.endswith("dir")}
-    commands = [content.get("command"), " ".join(["python -m lab.ablate", name, *flags(**told)])]
+    commands = content.get("command", "").split("; ") + [" ".join(["python -m lab.ablate", name, *flags(**told)])]
     content |= dict(study=study, command="; ".join(dict.fromkeys(filter(None, commands))))
 
     done = {(r["title"], r["seed"]) for r in content["runs"]}
@@ -314,8 +314,8 @@ def main():
         left = duration((time.time() - start) / i * (len(todo) - i))
         kd = ", ".join(f"KD {1000 * result['kd']:.2f}" for result in results)
         print(f"{i:3d} of {len(todo)}  {cell['title']}, seed {cell['seed']}: {kd}; {left} left", flush=True)
-    write_image([cell for cell in plan if cell["seed"] == seed], f"{path}.png")
-    print(f"wrote {path}.json, {path}.md" + f" and {path}.png" * os.path.exists(f"{path}.png"))
+    drawn = write_image([cell for cell in plan if cell["seed"] == seed], f"{path}.png")
+    print(f"wrote {path}.json, {path}.md" + f" and {path}.png" * drawn)
 
 
 if __name__ == "__main__":

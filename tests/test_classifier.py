@@ -199,7 +199,7 @@ def test_verdict_says_what_the_numbers_say(capsys):
     assert "cat +10.00 points" in text and "dog +10.00 points" in text
 
 
-def test_comparison_writes_what_it_says(shards, synthetic, tmp_path, run, fails):
+def test_comparison_writes_what_it_says(shards, synthetic, tmp_path, run):
     """The synthetic images are counted where an arm takes them, and a second result gets a name of its own."""
     text = run("classifier", *classifier_flags(shards, tmp_path, synthetic))
     found = data.read_json(f"{tmp_path}/classifier.json")

@@ -360,6 +360,7 @@ def test_the_training_images_have_every_class_or_it_is_named(tmp_path, fails):
     data.write_shards(f"{tmp_path}/set", images, labels, names)
     for script in ("train", "gan"):
         assert "no training images of bee" in fails(script, *flags(dataset=f"{tmp_path}/set", out_dir=tmp_path))
+        assert not (tmp_path / "config.json").exists()
 
 
 def test_raw_files_may_be_packed_and_damaged_ones_are_said_to_be(tmp_path):

@@ -77,7 +77,7 @@ def test_train_killed_5_times_equals_an_uninterrupted_run(shards, tmp_path, run)
 
 def test_augment_killed_5_times_leaves_no_wrong_shard(trained, tmp_path, run):
     """What is there after each kill is right, and the end is that of an undisturbed run."""
-    settings = lambda name: augment_flags(trained, tmp_path / name, per_class=200, batch_size=6)  # noqa: E731
+    settings = lambda name: augment_flags(trained, tmp_path / name, per_class=1000, batch_size=6)  # noqa: E731
     run("augment", *settings("whole"))
     whole = contents(tmp_path / "whole")
     for lines in range(3, 8):

@@ -83,7 +83,7 @@ def test_the_training_is_the_one_written_out_here(shards, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("name,shape", (("fashion_mnist", (28, 28, 1)), ("cifar10", (32, 32, 3)), ("tiny", (8, 8, 3))))
 def test_images_have_the_size_of_the_real_ones(name, shape, shards, tmp_path, run, monkeypatch):
-    monkeypatch.setattr(time, "time", lambda: 1.0)  # nor does a clock matter that stands still
+    monkeypatch.setattr(time, "time", lambda: 1.0)  # a clock may stand still
     run("gan", *gan_flags(shards, tmp_path, max_iters=1, dataset=f"{shards}/{name}"))
     images, labels, names = data.load(f"{tmp_path}/synthetic")
     assert images.shape[1:] == shape and np.bincount(labels).tolist() == [2] * len(names)

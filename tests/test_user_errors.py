@@ -50,6 +50,7 @@ the weights are not finite at update | classifier --lr=1e9 --arms=real
 not both | sample --w=1 --guidance_scale=2; sample --rows=w=0,1 --columns=guidance_scale=2,3
 change the same setting | sample --rows=w=0,1 --columns=w=2,3
 seed must be at least 0 | sample --rows=seed=-1,0
+must be a file name without a folder | sample --name=a/b
 steps is not of type int | sample --columns=steps=2,x; sample --rows=steps
 gif cannot be combined with rows or columns | sample --rows=w=0,1 --gif=True
 sampler: 'euler' is not one of ddpm, ddim, dpm++ | augment --overwrite=True --sampler=euler
