@@ -226,8 +226,7 @@ def image_paths(folder):
     found = []
     for root, folders, names in os.walk(folder, onerror=lambda e: check(False, e)):
         folders[:] = [d for d in folders if not d.startswith(".")]
-        shown = [n for n in names if not n.startswith(".") and n.lower().endswith(IMAGE_TYPES)]
-        found += [f"{root}/{n}" for n in shown if os.path.isfile(f"{root}/{n}")]
+        found += [f"{root}/{n}" for n in names if not n.startswith(".") and n.lower().endswith(IMAGE_TYPES)]
     return sorted(found)
 
 
@@ -269,6 +268,8 @@ def list_images(folder):
     check(fine, f"{folder}: {', '.join(sorted(kinds))} look like splits, not like classes: {advice}")
     listed = listed or [(path, None) for path in image_paths(folder)]
     check(listed, f"no images ({' '.join(IMAGE_TYPES)}) in {folder} or its sub-folders, and no images_*.npy")
+    for path, _ in listed:
+        check(os.path.isfile(path), f"{path} is not a readable image (no file, or a link to none)")
     return listed, names
 
 

@@ -140,6 +140,8 @@ def make_betas(schedule: str, T: int, beta_start: float, beta_end: float) -> Ten
         z = torch.special.ndtri((torch.arange(T, dtype=torch.float64) + 0.5) / T)
         abar = torch.sigmoid(-2 * (1.2 * z - 0.6))  # 1 / (1 + sigma^2)
         betas = 1 - abar / F.pad(abar[:-1], (1, 0), value=1)
+    else:
+        raise NotImplementedError(schedule)
     return betas
 
 
@@ -159,6 +161,8 @@ def loss_weights(weighting, objective, betas, abar):
         eps_weight = snr.clamp(max=5) / snr
     elif weighting == "v":
         eps_weight = (snr.clamp(max=5) + 1) / snr
+    else:
+        raise NotImplementedError(weighting)
     return eps_weight * {"eps": 1.0, "x0": snr, "v": abar}[objective]
 
 
@@ -468,6 +472,7 @@ class DDPM(nn.Module):
             return a * xt - s * out, s * xt + a * out
         if self.config.objective == "x0":
             return out, (xt - a * out) / s
+        raise NotImplementedError(self.config.objective)
 
     def network(self, xt, t, y):
         """The network's output in xt's dtype, (B, C, H, W). y None: the null label for all."""

@@ -521,18 +521,17 @@ def test_what_the_loss_cannot_use_is_refused(arguments):
 
 def test_a_name_without_a_branch_is_not_another_one(monkeypatch):
     """Somebody who adds a name and forgets the branch gets no result of the last branch."""
-    errors = KeyError, NotImplementedError, UnboundLocalError
     for kind in ("SCHEDULES", "SAMPLERS", "ARCHS", "WEIGHTINGS", "LOSSES", "OBJECTIVES"):
         monkeypatch.setattr(ddpm, kind, (*getattr(ddpm, kind), "new"))
     for changes in (dict(schedule="new"), dict(arch="new"), dict(weighting="new")):
-        with pytest.raises(errors):
+        with pytest.raises((KeyError, NotImplementedError)):
             tiny(**changes)
-    with pytest.raises(errors):
+    with pytest.raises(NotImplementedError):
         tiny().sample(Y, sampler="new", steps=2)
     model = tiny()
     model.config.objective = model.config.loss = "new"
     for call in (lambda: model(X0, Y), lambda: model.sample(Y, steps=2)):
-        with pytest.raises((*errors, TypeError)):
+        with pytest.raises((KeyError, NotImplementedError)):
             call()
 
 

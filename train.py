@@ -81,8 +81,8 @@ config, given = configure(globals())
 checkpoint_path, checkpoint = os.path.join(out_dir, "ckpt.pt"), None
 resume, fine_tune = init_from == "resume", init_from not in ("scratch", "resume")
 if resume or fine_tune:
-    checkpoint = ddpm.load_checkpoint(checkpoint_path if resume else init_from)
-    whole = {"optimizer", "config", "history", "trained_on"} <= checkpoint.keys() and "shadow" not in checkpoint["ema"]
+    source, checkpoint = ddpm.load_model(init_from) if fine_tune else (None, ddpm.load_checkpoint(checkpoint_path))
+    whole = {"optimizer", "config", "history", "trained_on"} <= checkpoint.keys()
     advice = "has not all that a run goes on from: fine-tune it with --init_from=PATH"
     check(fine_tune or whole, f"{checkpoint_path} {advice}")
     saved = checkpoint["config"] if resume else checkpoint["model_args"]
@@ -142,7 +142,7 @@ if checkpoint:
     changed = [f"{k}: checkpoint {old[k]!r}, now {new[k]!r}" for k in new if old[k] != new[k] and k not in free]
     check(not changed, f"{init_from}: these cannot change: {'; '.join(changed)}")
 if fine_tune:  # from the averaged weights; other classes get new embeddings
-    weights, same = ddpm.load_model(init_from)[0].state_dict(), old["class_names"] == new["class_names"]
+    weights, same = source.state_dict(), old["class_names"] == new["class_names"]
     model.load_state_dict({k: v for k, v in weights.items() if same or "condition.label" not in k}, strict=False)
     trained_on["init_from"] = checkpoint.get("trained_on", {})
 ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -161,7 +161,7 @@ if resume:
         part.load_state_dict(checkpoint[name])
     if checkpoint["scaler"]:  # empty unless that was float16
         scaler.load_state_dict(checkpoint["scaler"])
-del checkpoint
+source = checkpoint = None  # their memory
 if use_compile:
     model.net.compile(**use_compile)  # in place: parameter names stay those of the plain module
 ddp_model = DistributedDataParallel(model, [device] if "cuda" in device else None) if world > 1 else model

@@ -174,7 +174,8 @@ def seen_by_generator(folder, images, labels):
         return images[:0], None
     if not same:
         return images, labels
-    return data.training_part(images, labels, (), share, n_real)[0]
+    chosen = data.balanced(*training, n_real, 0)  # as training_part does
+    return training[0][chosen], None if labels is None else training[1][chosen]
 
 
 def memorisation(images, X, train, test, n_train, path):

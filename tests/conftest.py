@@ -152,8 +152,7 @@ def train_flags(shards, out_dir, **changes):
 
 def augment_flags(out_dir, folder, **changes):
     settings = dict(out_dir=out_dir, synthetic_dir=folder, per_class=7, shard_size=6, batch_size=4, steps=3)
-    settings |= dict(sampler="ddim", eta=0.5, device="cpu", dtype="float32")
-    return flags(**settings | changes)
+    return flags(**settings | dict(device="cpu", dtype="float32") | changes)
 
 
 def classifier_flags(shards, out_dir, folder, **changes):

@@ -15,22 +15,25 @@ import ddpm
 NAMES = ["airplane", "automobile", "bird"]
 
 
-def test_a_set_is_balanced_and_says_how_it_was_made(trained, synthetic):
+def test_a_set_is_balanced_and_says_how_it_was_made(trained, synthetic, tmp_path, run):
     """Image k has noise k of the seed, in batches of any size up to the rounding of sums."""
     images, labels, names = data.load(synthetic)
     assert images.shape == (21, 8, 8, 3) and images.dtype == np.uint8 and names == NAMES
     assert labels.tolist() == 7 * [0, 1, 2]
     assert len(contents(synthetic)) == 2 * 4 and len(np.unique(images, axis=0)) == 21
     manifest = data.read_json(f"{synthetic}/manifest.json")
-    expected = dict(w=1.0, interval=[0.25, 4.0], sampler="ddim", eta=0.5, steps=3, seed=0, per_class=7, classes=NAMES)
+    expected = dict(w=1.0, interval=[0.25, 4.0], sampler="dpm++", steps=3, seed=0, per_class=7, classes=NAMES)
     assert expected.items() <= manifest["settings"].items() and manifest["complete"] and manifest["step"] == 6
     assert manifest["trained_on"]["val_fraction"] == 0.1
     assert Image.open(f"{synthetic}/preview.png").height == 3 * 18 + 2  # a row for each class
     model, _ = ddpm.load_model(f"{trained}/ckpt.pt")
-    how = dict(indices=range(21), sampler="ddim", eta=0.5, steps=3, interval=(0.25, 4.0))
-    guided, unguided = (ddpm.to_uint8(model.sample(torch.tensor(labels), w, 0, **how)).numpy() for w in (1.0, 0.0))
-    difference = np.abs(images.astype(int) - guided)
-    assert difference.max() <= 1 and difference.mean() < 1e-3 and not np.array_equal(guided, unguided)
+    y, ddim = torch.tensor(labels), dict(sampler="ddim", eta=0.5)
+    run("augment", *augment_flags(trained, tmp_path, **ddim))
+    for made, sampler in ((images, dict(sampler="dpm++")), (data.load(str(tmp_path))[0], ddim)):
+        how = dict(indices=range(21), steps=3, interval=(0.25, 4.0)) | sampler
+        guided, unguided = (ddpm.to_uint8(model.sample(y, w, 0, **how)).numpy() for w in (1.0, 0.0))
+        difference = np.abs(made.astype(int) - guided)
+        assert difference.max() <= 1 and difference.mean() < 1e-3 and not np.array_equal(guided, unguided)
 
 
 def test_a_set_continues_and_grows_to_the_same_bytes(trained, synthetic, tmp_path, run):

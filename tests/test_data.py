@@ -263,6 +263,8 @@ def test_images_are_decoded_as_a_viewer_shows_them(tmp_path):
 
 def test_unreadable_images_are_named_in_one_line(tmp_path):
     bad = {
+        "dangling.png": lambda p: p.symlink_to("nowhere"),
+        "fifo.png": lambda p: os.mkfifo(p),
         "float.tif": lambda p: save_image(p, Image.new("F", (8, 8), 0.5)),
         "32_bits.tif": lambda p: save_image(p, Image.new("I", (8, 8), 200)),
         "cut.jpg": lambda p: (save_image(p), p.write_bytes(p.read_bytes()[:300])),

@@ -22,7 +22,7 @@ OUTSIDE = {
     "sample": """num_samples=1048576 batch_size=0 w=4294967296 guidance_scale=-4294967297 seed=-1 interval=3 steps=21
         eta=1 sampler=euler classes=² classes=, classes=3 rows=lr=1 columns=lr=1 device=cuda:x dtype=int8""",
     "augment": """per_class=0 per_class=1048576 shard_size=0 shard_size=1048576 batch_size=0 w=-4294967297 steps=0
-        interval=1,2,3 eta=1.1 classes=bird,bird""",
+        interval=1,2,3 eta=1 classes=bird,bird""",
     "classifier": """seeds=0 seeds=21 hidden=0 hidden=0.5 hidden=1048576 dropout=1 shift=-1 optimizer=lion arms=fake
         max_iters=0 eval_interval=0 lr=0 val_fraction=0 val_fraction=0.01 seed=-1 n_synthetic=22 classes=birb""",
     "gan": "ch=0 ch=4097 beta1=1 label_smoothing=1 z_dim=0 z_dim=1048576 input_noise=-1 per_class=0 device=cuda:99",
