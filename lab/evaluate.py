@@ -168,14 +168,12 @@ def seen_by_generator(folder, images, labels):
     earlier, n_real = trained_on.pop("init_from", trained_on), trained_on.get("n_real", 0)
     share = trained_on.get("val_fraction", 0)
     share = share if int(len(images) * share) else 0  # of this data set: none, where training_part would refuse
-    training, (held_out, _) = data.training_part(images, labels, (), share)
-    same = data.fingerprint(held_out) == trained_on.get("validation") and n_real <= len(training[0])
+    fits = n_real <= len(images) - int(len(images) * share)
+    training, (held_out, _) = data.training_part(images, labels, (), share, n_real if fits else 0)
+    same = fits and data.fingerprint(held_out) == trained_on.get("validation")
     if earlier != trained_on or (n_real and not same):
         return images[:0], None
-    if not same:
-        return images, labels
-    chosen = data.balanced(*training, n_real, 0)  # as training_part does
-    return training[0][chosen], None if labels is None else training[1][chosen]
+    return training if same else (images, labels)
 
 
 def memorisation(images, X, train, test, n_train, path):
