@@ -166,11 +166,11 @@ def seen_by_generator(folder, images, labels):
     """
     trained_on = data.manifest_of(folder).get("trained_on", {})
     earlier, n_real = trained_on.pop("init_from", trained_on), trained_on.get("n_real", 0)
-    share = trained_on.get("val_fraction", 0)
-    share = share if int(len(images) * share) else 0  # of this data set: none, where training_part would refuse
-    fits = n_real <= len(images) - int(len(images) * share)
-    training, (held_out, _) = data.training_part(images, labels, (), share, n_real if fits else 0)
-    same = fits and data.fingerprint(held_out) == trained_on.get("validation")
+    try:
+        training, (held_out, _) = data.training_part(images, labels, (), trained_on.get("val_fraction", 0), n_real)
+        same = data.fingerprint(held_out) == trained_on.get("validation")
+    except UserError:  # these images have no such part
+        same = False
     if earlier != trained_on or (n_real and not same):
         return images[:0], None
     return training if same else (images, labels)
