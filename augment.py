@@ -133,7 +133,8 @@ if world > 1:
 mine = todo[0][rank::world]
 total, made, start = sum(map(images_in, mine)), 0, time.time()
 if use_compile:
-    model.net.compile(**use_compile)
+    for net in filter(None, (model.net, model.guide)):
+        net.compile(**use_compile)
 if rank == 0:
     how = f"{runtime.guidance_text(w, interval, model)}{sampler}, {steps} steps, seed {seed}"
     what = f"{per_class} images of each of {C} classes into {folder}"

@@ -114,10 +114,7 @@ class SoftmaxCrossEntropy:
 
 
 class MLP:
-    """Linear, ReLU, Dropout, …, Linear: x (B, sizes[0]) -> logits (B, sizes[-1]).
-
-    The same weights for a seed on any device.
-    """
+    """Linear, ReLU, Dropout, …, Linear: x (B, sizes[0]) -> logits (B, sizes[-1]). Any device: the same weights."""
 
     def __init__(self, sizes, dropout=0.0, seed=0, device="cpu"):
         generator, dropout_generator = make_generator(seed), make_generator(seed, 1, device)

@@ -325,8 +325,6 @@ def load(dataset, split="train", data_dir="data", image_size=0, classes=""):
     Raises UserError if the data cannot be found, downloaded or read, or a class is unknown.
     """
     built_in = dataset in (*TORCHVISION, "shapes")
-    if built_in and split == "train" and os.path.isdir(dataset):
-        print(f"note: {dataset} is the built-in data set; the folder is --dataset=./{dataset}")
     if dataset == "shapes":
         n, seed = (50000, 0) if split == "train" else (10000, 1)
         folder = cached(f"{data_dir}/shapes/{split}", lambda: make_shapes(n, seed))

@@ -69,6 +69,7 @@ warmup_iters = 1000
 weight_decay = 0.0
 grad_clip = 1.0  # maximal norm of the gradient; 0: any
 ema_decay = 0.9999  # of the averaged weights, which validation and sampling use
+guide_step = 0  # keep the averaged weights of this step: guidance leads away from them (autoguidance); 0: none
 # reports
 eval_interval = 5000  # steps between validations, each followed by a checkpoint
 eval_images = 5000  # of the validation split, and of the test split at the end, at most
@@ -87,7 +88,7 @@ if resume or fine_tune:
     check(fine_tune or whole, f"{checkpoint_path} {advice}")
     saved = checkpoint["config"] if resume else checkpoint["model_args"]
     kept = saved.keys() & config.keys() - {"out_dir", "init_from", "device", "use_compile", *given}
-    fixed = ("batch_size", "seed", "optimizer", "weight_decay") if resume else ()
+    fixed = ("batch_size", "seed", "optimizer", "weight_decay", "guide_step") if resume else ()
     changed = [key for key in fixed if key in given and given[key] != saved.get(key)]
     check(not changed, f"resume: {', '.join(changed)} cannot change: start a new run, or fine-tune the checkpoint")
     config |= {key: saved[key] for key in kept}
@@ -157,6 +158,8 @@ if resume:
     check(same, "resume: these are not the images that the checkpoint was trained on")
     step, trained_on = checkpoint["step"], checkpoint["trained_on"]
     history = checkpoint["history"] | dict(test_loss=None)
+    if 0 < guide_step <= step:
+        ema.guide = copy.deepcopy(ema.net)
     for name, part in dict(model=model, ema=ema, optimizer=optimizer).items():
         part.load_state_dict(checkpoint[name])
     if checkpoint["scaler"]:  # empty unless that was float16
@@ -246,8 +249,10 @@ while step < max_iters and not stopped:
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    ddpm.update_ema(ema, model, step, ema_decay)
+    ddpm.update_ema(ema.net, model.net, step, ema_decay)
     step += 1
+    if step == guide_step:
+        ema.guide = copy.deepcopy(ema.net)
 
     # Log. Nothing above waits for the device; this does.
     stopped = bool(signals)  # read once a step: a step after which the loop ends is always saved

@@ -24,11 +24,12 @@ def rows_of(text):
 
 
 def test_prints_all_parts(run):
-    text = run("bench", "config/shapes.py", *flags(**SMALL, **TINY))
+    text = run("bench", "config/fashion_mnist.py", *flags(**SMALL, **TINY, patch=2))
     sampled = [f"{sampler}, 2 steps, w={w}" for sampler in ("ddpm", "ddim", "dpm++") for w in ("0", "0.3")]
     assert rows_of(text) == [(title, "nanoDDPM") for title in ("training step, batch 2", *sampled)]
     machine, how = text.splitlines()[:2]
     assert machine.endswith(f"1 threads, torch {torch.__version__}") and how.startswith("cpu, torch.float32, eager")
+    assert len(rows_of(run("bench", *flags(**SMALL, **TINY, arch="cnn", objective="v", samplers="ddim")))) == 3
 
 
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
@@ -52,11 +53,6 @@ def test_channels_last_convolutions_give_the_same_loss():
         expected = model(*given)
         model.net.compile(**setup_device("cpu", "float32", "channels_last")[2])
         assert torch.allclose(model(*given), expected, rtol=1e-4)
-
-
-def test_takes_any_recipe_of_train_py(run):
-    for recipe in (dict(dataset="fashion_mnist"), dict(arch="cnn"), dict(patch=2, objective="x0", weighting="min_snr")):
-        assert len(rows_of(run("bench", *flags(**SMALL, **TINY, **recipe, samplers="ddim", num_res_blocks=1)))) == 3
 
 
 def test_peers_that_are_not_installed_are_said_to_be(fails, monkeypatch):

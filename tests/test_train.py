@@ -28,7 +28,7 @@ def test_a_run_cut_off_before_any_write_continues_to_the_same_bits(shards, tmp_p
     """
     whole, cut, step = tmp_path / "whole", tmp_path / "cut", 0
     settings = dict(max_iters=4, eval_interval=1, grad_accum=2, dtype="bfloat16", ema_decay=0.5, eval_images=4)
-    settings |= dict(optimizer="muon")  # which has AdamW's state, too
+    settings |= dict(optimizer="muon", guide_step=2)  # Muon has AdamW's state, too
     run("train", *train_flags(shards, whole, **settings))
     for n in range(13):  # config.json is three writes, and at each step log.json and the checkpoint are
         how = resume(cut) if step else train_flags(shards, cut, **settings)
@@ -38,9 +38,12 @@ def test_a_run_cut_off_before_any_write_continues_to_the_same_bits(shards, tmp_p
         step = min(4, max(0, n - 7))  # the eighth write gives the first checkpoint its name
         assert (cut / "ckpt.pt").exists() == (step > 0) and (not step or checkpoint(cut)["step"] == step)
         assert n < 5 or data.read_json(cut / "log.json")["step"]
+        if step == 2:
+            kept = {name: w for name, w in checkpoint(cut)["ema"].items() if name.startswith("net.")}
     a, b = checkpoint(whole), checkpoint(cut)
     for key in KEYS:
         assert same(a[key], b[key]), key
+    assert all(torch.equal(w, b["ema"][name.replace("net", "guide", 1)]) for name, w in kept.items())
     assert a["config"] == b["config"] | dict(out_dir=str(whole), init_from="scratch")
     assert (whole / "log.json").read_bytes() == (cut / "log.json").read_bytes()
 
@@ -192,7 +195,7 @@ def test_n_real_trains_on_the_images_that_the_classifier_takes(shards, tmp_path,
         assert "9 training and 6 validation images" in text
         assert checkpoint(out_dir)["trained_on"]["training"] == data.fingerprint(taken)
     assert "not the images that" in fails("train", *resume(tmp_path / "True", n_real=12))
-    for key, value in dict(batch_size=4, seed=4, optimizer="muon", weight_decay=1).items():
+    for key, value in dict(batch_size=4, seed=4, optimizer="muon", weight_decay=1, guide_step=1).items():
         assert f"resume: {key} cannot change" in fails("train", *resume(tmp_path / "True", **{key: value}))
     assert data.read_json(tmp_path / "True" / "config.json")["config"]["n_real"] == 9  # what is refused changes nothing
 
