@@ -523,13 +523,13 @@ class DDPM(nn.Module):
     def guided(self, xt, t, y, w):
         """(1 + w) net(y) - w net(null) ([3] eq. 6; x0 and v are affine in eps, so the same line serves them).
 
-        w = 0 is the conditional and w = -1 the unconditional model. With a guide, other w take net(null) from it.
+        w = 0 is the conditional and w = -1 the unconditional model. w > 0 takes net(null) from the guide, if any.
         """
         if y is None or w == -1:
             return self.network(xt, t, None)
         if w == 0:
             return self.network(xt, t, y)
-        return (1 + w) * self.network(xt, t, y) - w * self.network(xt, t, None, self.guide)
+        return (1 + w) * self.network(xt, t, y) - w * self.network(xt, t, None, self.guide if w > 0 else None)
 
     def predict(self, xt, t, y, w, clip_x0=True):
         """(x0_hat, eps_hat) under guidance. Where x0_hat is clipped, eps_hat changes with it, so that both give xt."""
@@ -602,9 +602,9 @@ class DDPM(nn.Module):
         self.eval()
         for i, t in enumerate(timesteps):
             abar_t = self.abar[t]
-            guide = w < 0 or not interval or interval[0] <= sigma_of(abar_t) <= interval[1]
+            inside = w < 0 or not interval or interval[0] <= sigma_of(abar_t) <= interval[1]
             t_batch = torch.full((len(indices),), t, device=device)
-            x0_hat, eps_hat = self.predict(xt, t_batch, y, w if guide else 0, clip_x0)
+            x0_hat, eps_hat = self.predict(xt, t_batch, y, w if inside else 0, clip_x0)
             abar_s = 1.0 if i == steps - 1 else self.abar[timesteps[i + 1]]
             if abar_s == 1:  # every sampler ends at x0_hat
                 xt = x0_hat
@@ -740,10 +740,11 @@ def load_model(path: str, ema: bool = True, device: str = "cpu", amp_dtype=None,
     checkpoint = load_checkpoint(path)
     check(ema or "model" in checkpoint, f"{path} holds only averaged weights: ema must be True")
     model = DDPM(DDPMConfig(**checkpoint["model_args"]), net, checkpoint.get("betas"))
-    weights = checkpoint["ema" if ema else "model"]
-    weights = weights.get("shadow", weights)  # shadow: the layout of weights/cifar_small.pt
-    if any(name.startswith("guide.") for name in weights):
-        model.guide = copy.deepcopy(model.net)
+    averaged = checkpoint["ema"].get("shadow", checkpoint["ema"])  # shadow: the layout of weights/cifar_small.pt
+    guide = {name: p for name, p in averaged.items() if name.startswith("guide.")}
+    weights = (averaged if ema else checkpoint["model"]) | guide
+    if guide:
+        model.guide = copy.deepcopy(model.net).requires_grad_(False)
     check(weights.keys() == model.state_dict().keys(), f"checkpoint {path} is of another version or another network")
     model.load_state_dict(weights)
     model.amp_dtype = amp_dtype

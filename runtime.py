@@ -206,7 +206,8 @@ def open_model(out_dir, checkpoint, ema, device, amp_dtype):
         path = os.path.join(HERE, "weights", "cifar_small.pt")
         print(f"{out_dir} holds no checkpoint: the pretrained weights are used")
     model, content = load_model(path, ema, device, amp_dtype)
-    print(f"{path}, step {content['step']}, {'averaged' if ema else 'raw'} weights; {device}, {amp_dtype or 'float32'}")
+    weights = f"{'averaged' if ema else 'raw'} weights{' and a guide' if model.guide else ''}"
+    print(f"{path}, step {content['step']}, {weights}; {device}, {amp_dtype or 'float32'}")
     return model, content
 
 

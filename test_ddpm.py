@@ -321,8 +321,9 @@ def test_guidance_convention(double):
     assert torch.equal(model.guided(xt, t, None, 1.8), null) and len(model.net.seen) == 3
     for guide, away in ((None, null), (lambda x, t, y: y[:, None, None, None] * x, 3 * xt)):
         model.guide = guide
-        for w in (-0.5, 0.5, 1.8, 6.0):
-            assert torch.allclose(model.guided(xt, t, y, w), (1 + w) * conditional - w * away, atol=1e-12)
+        for w in (-1.0, -0.5, 0.0, 0.5, 1.8, 6.0):
+            wanted = (1 + w) * conditional - w * (away if w > 0 else null)
+            assert torch.allclose(model.guided(xt, t, y, w), wanted, atol=1e-12)
 
 
 @pytest.mark.parametrize("objective", ddpm.OBJECTIVES)
@@ -605,6 +606,7 @@ def test_a_loaded_model_is_the_one_that_was_saved(tmp_path):
     averaged.load_state_dict({name: p / 2 for name, p in raw.state_dict().items()})
     averaged.guide = tiny().net
     ddpm.save_model(path := str(tmp_path / "ckpt.pt"), raw, averaged, step=5)
+    raw.guide = averaged.guide  # it guides both
     for ema, wanted in ((True, averaged), (False, raw)):
         model, checkpoint = ddpm.load_model(path, ema=ema)
         assert model.config == wanted.config and same(model.state_dict(), wanted.state_dict())

@@ -69,7 +69,7 @@ warmup_iters = 1000
 weight_decay = 0.0
 grad_clip = 1.0  # maximal norm of the gradient; 0: any
 ema_decay = 0.9999  # of the averaged weights, which validation and sampling use
-guide_step = 0  # keep the averaged weights of this step: guidance leads away from them (autoguidance); 0: none
+guide_step = 0  # early in the run: guidance will lead away from the averaged weights of this step; 0: none
 # reports
 eval_interval = 5000  # steps between validations, each followed by a checkpoint
 eval_images = 5000  # of the validation split, and of the test split at the end, at most
@@ -84,8 +84,7 @@ resume, fine_tune = init_from == "resume", init_from not in ("scratch", "resume"
 if resume or fine_tune:
     source, checkpoint = ddpm.load_model(init_from) if fine_tune else (None, ddpm.load_checkpoint(checkpoint_path))
     whole = {"optimizer", "config", "history", "trained_on"} <= checkpoint.keys()
-    advice = "has not all that a run goes on from: fine-tune it with --init_from=PATH"
-    check(fine_tune or whole, f"{checkpoint_path} {advice}")
+    check(fine_tune or whole, f"{checkpoint_path} has not all that a run goes on from: fine-tune with --init_from=PATH")
     saved = checkpoint["config"] if resume else checkpoint["model_args"]
     kept = saved.keys() & config.keys() - {"out_dir", "init_from", "device", "use_compile", *given}
     fixed = ("batch_size", "seed", "optimizer", "weight_decay", "guide_step") if resume else ()
@@ -298,7 +297,6 @@ while step < max_iters and not stopped:
     log_time += time.time() - paused
 
 if step == max_iters and test_images is not None:
-    log(f"step {step:7d}  computing the test loss")
     order = data.fixed_order(test_images, test_labels)  # in any part of it the classes have their share
     history["test_loss"], _ = evaluate(test_images[order], None if test_labels is None else test_labels[order])
     log(f"step {step:7d}  test loss {history['test_loss']:.4f} on {min(eval_images, len(test_images))} images")

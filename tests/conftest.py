@@ -146,7 +146,7 @@ def fails(capfd):
 def train_flags(shards, out_dir, **changes):
     settings = dict(dataset=f"{shards}/tiny", out_dir=out_dir, ch=8, ch_mult="1,2", num_res_blocks=1, dropout=0.1)
     settings |= dict(attn_resolutions="4", timesteps=20, beta_end=0.6, batch_size=8, max_iters=6, warmup_iters=2)
-    settings |= dict(lr=1e-3, min_lr=1e-3, log_interval=1, eval_interval=2, sample_interval=0)
+    settings |= dict(lr=1e-3, min_lr=1e-3, log_interval=1, eval_interval=2, sample_interval=0, guide_step=2)
     return flags(**settings | dict(device="cpu", dtype="float32") | changes)
 
 
