@@ -611,6 +611,7 @@ def test_a_loaded_model_is_the_one_that_was_saved(tmp_path):
         model, checkpoint = ddpm.load_model(path, ema=ema)
         assert model.config == wanted.config and same(model.state_dict(), wanted.state_dict())
         assert not model.training and model.amp_dtype is None and checkpoint["step"] == 5
+        assert not any(p.requires_grad for p in model.guide.parameters())
         assert torch.equal(model.sample(y, 1.0, steps=3), wanted.sample(y, 1.0, steps=3))
     assert ddpm.load_model(path, amp_dtype=torch.bfloat16)[0].amp_dtype == torch.bfloat16
 

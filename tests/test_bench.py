@@ -29,7 +29,8 @@ def test_prints_all_parts(run):
     assert rows_of(text) == [(title, "nanoDDPM") for title in ("training step, batch 2", *sampled)]
     machine, how = text.splitlines()[:2]
     assert machine.endswith(f"1 threads, torch {torch.__version__}") and how.startswith("cpu, torch.float32, eager")
-    assert len(rows_of(run("bench", *flags(**SMALL, **TINY, arch="cnn", objective="v", samplers="ddim")))) == 3
+    other = dict(arch="cnn", objective="x0", weighting="min_snr", samplers="ddim")
+    assert len(rows_of(run("bench", *flags(**SMALL, **TINY, **other)))) == 3
 
 
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
