@@ -28,7 +28,7 @@ name = ""  # of the files; default sample, or compare with rows= or columns=
 seed = 17  # image k of a seed is the same at any batch size and on any machine (up to rounding)
 w = None  # guidance of Ho & Salimans: -1 unconditional, 0 conditional; default 1.8 (0 without a null label)
 guidance_scale = None  # the other convention, 1 + w; give one of the two
-interval = ()  # low,high: guide only while sigma = sqrt(1 / alpha_bar - 1) is between them; empty: always
+interval = (0.25, 4.0)  # guide only while sigma = sqrt(1 / alpha_bar - 1) is between the two; empty: always
 classes = ""  # names or numbers, a row for each, repeats allowed; default all
 num_samples = 0  # images per row and class; default 8, or 1 with rows= or columns=
 sampler = "dpm++"  # ddpm, ddim

@@ -202,7 +202,7 @@ def save_grid():
     """Eight images per class from the averaged weights and the same noise every time."""
     y = torch.arange(min(10, model.K or 4)).repeat_interleave(8)
     w = runtime.resolve_guidance(None, None, 1.8, model)
-    x = ema.sample(y if model.K else None, w, seed, range(len(y)), "dpm++", min(20, model.T))
+    x = ema.sample(y if model.K else None, w, seed, range(len(y)), "dpm++", min(20, model.T), interval=(0.25, 4.0))
     titles = model.config.class_names[:10] if model.K else ()
     data.tile(ddpm.to_uint8(x).cpu().numpy(), 8, titles).save(f"{out_dir}/samples_{step:06d}.png")
 

@@ -51,10 +51,10 @@ def test_a_signal_saves_the_step_and_the_run_continues(during, shards, trained, 
     owner, name = (ddpm, "update_ema") if during == "a step" else (ddpm.DDPM, "sample")
     function = getattr(owner, name)
 
-    def interrupted(*args):
+    def interrupted(*args, **settings):
         monkeypatch.undo()
         os.kill(os.getpid(), signal.SIGTERM)
-        return function(*args)
+        return function(*args, **settings)
 
     monkeypatch.setattr(owner, name, interrupted)
     text = run("train", *train_flags(shards, tmp_path, sample_interval=int(during == "a grid")))
